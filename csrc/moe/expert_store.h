@@ -1,0 +1,76 @@
+// The packed weights of one layer, cut over NUMA nodes. Owns its memory; no arithmetic but quantization at load.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "format/quantize.h"
+#include "moe/moe_config.h"
+#include "system/numa_arena.h"
+#include "system/worker_pool.h"
+
+namespace kt {
+
+enum class Projection { kW13 = 0, kW2 = 1 };
+
+// Every matrix is cut by its output columns in whole panels over the nodes of the pool, in proportion to their threads:
+// nothing is summed across nodes and every byte is stored once.
+//
+// Threads   load_* by one thread at a time, before or between forwards; panel() from any thread.
+// Lifetime  the pool must outlive the store.
+class ExpertStore {
+ public:
+  // Allocates (not touching) the memory of all experts of config.expert_ids.
+  ExpertStore(const MoeConfig& config, WorkerPool& pool);
+
+  const MoeConfig& config() const { return config_; }
+  bool has(int expert) const { return slot_[expert] >= 0; }   // lives here
+  bool loaded(int expert) const { return slot_[expert] >= 0 && loaded_[slot_[expert]]; }
+  bool all_loaded() const;
+
+  // Rows of one expert in a float type: gate, up [intermediate_size, hidden_size], down [hidden_size, intermediate_size],
+  // row-major. Quantizes and packs on the pool, each panel on the node that owns it.
+  struct Source {
+    int expert;
+    const void* gate;
+    const void* up;
+    const void* down;
+    DType dtype;
+  };
+  void load(const std::vector<Source>& sources);
+
+  // Packed bytes of one expert (matrix_bytes of w13 and of w2).
+  struct Packed {
+    int expert;
+    const uint8_t* w13;
+    const uint8_t* w2;
+  };
+  void load_packed(const std::vector<Packed>& sources);
+  // Inverse of load_packed, for one expert.
+  void export_packed(int expert, uint8_t* w13, uint8_t* w2) const;
+
+  int64_t num_panels(Projection projection) const;
+  int64_t panel_bytes(Projection projection) const;
+  int64_t padded_k(Projection projection) const;
+  // Panels owned by node `node` (position in the pool's plan).
+  IndexRange node_panels(Projection projection, int node) const;
+  const uint8_t* panel(Projection projection, int expert, int64_t p) const;
+
+  uint64_t bytes() const;
+  PageReport pages() const;
+
+ private:
+  struct Part;  // one projection on one node
+  uint8_t* mutable_panel(Projection projection, int slot, int64_t p) const;
+  void check_expert(int expert) const;
+
+  MoeConfig config_;
+  WorkerPool& pool_;
+  std::vector<int> slot_;           // expert -> slot, -1: not here
+  std::vector<char> loaded_;        // by slot
+  std::vector<Part> parts_[2];      // by projection, then node
+  std::vector<uint8_t*> panel0_[2]; // by projection and panel: address of slot 0's copy
+  std::vector<int64_t> slot_stride_[2];  // by projection and panel: bytes from slot to slot
+};
+
+}  // namespace kt

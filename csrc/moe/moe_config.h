@@ -1,0 +1,23 @@
+// The sizes of one MoE layer. w13 is gate and up merged, w2 is down (SGLang's names).
+#pragma once
+
+#include <vector>
+
+#include "format/packed_layout.h"
+
+namespace kt {
+
+struct MoeConfig {
+  int layer_idx = 0;            // for messages
+  int num_experts = 0;
+  int top_k = 0;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  PackedLayout layout;
+  std::vector<int> expert_ids;  // experts that live here, ascending; the others cost no memory
+};
+
+// Throws kt::Error, one sentence, for sizes out of range.
+void check_moe_config(const MoeConfig& config);
+
+}  // namespace kt

@@ -1,0 +1,41 @@
+// An in-order queue of closures with a thread of its own. Knows no MoE, no Torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace kt {
+
+// Protocol
+//   state      who writes           who waits
+//   queued     submit()             the stream's thread
+//   running    the stream's thread  -
+//   done       the stream's thread  wait(ticket), by any thread
+//
+// Ordering  jobs run in the order of submit(); everything a job wrote is visible to a wait() that returned for its
+//           ticket or a later one.
+// Errors    an exception of a job is kept under its ticket and rethrown by wait(ticket), once; later jobs run.
+// Threads   submit() and wait() from any thread.
+// Lifetime  the destructor runs what is queued, then joins.
+class CpuStream {
+ public:
+  // thread_start runs first on the stream's thread (pinning, naming).
+  explicit CpuStream(std::function<void()> thread_start = {});
+  ~CpuStream();
+  CpuStream(const CpuStream&) = delete;
+  CpuStream& operator=(const CpuStream&) = delete;
+
+  // Queues a job and returns its ticket (1, 2, ...). Never waits for jobs.
+  uint64_t submit(std::function<void()> job);
+  // Returns when job `ticket` is done. A ticket that was never given out throws kt::Error.
+  void wait(uint64_t ticket);
+  // Tickets whose job is done.
+  uint64_t completed() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kt
