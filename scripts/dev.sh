@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Tasks of a developer; `scripts/dev.sh help` lists them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+jobs=${KT_BUILD_JOBS:-$(nproc)}
+python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
+
+# cpp_tests NAME CMAKE_OPTIONS...: configures and builds the C++ tests in build/NAME.
+cpp_tests() {
+  local name=$1
+  shift
+  cmake -S . -B "build/$name" -G Ninja -DKT_BUILD_TESTS=ON -DKT_BUILD_EXTENSION=OFF "$@"
+  cmake --build "build/$name" -j "$jobs"
+}
+
+task_help() { ## list the tasks
+  sed -n 's/^task_\([a-z]*\)() { ## \(.*\)/  \1\t\2/p' scripts/dev.sh | expand -t 12
+}
+
+task_build() { ## install the clone into the environment, with the tools of the tests
+  ./install.sh --editable --test
+}
+
+task_test() { ## build and run the C++ tests on every tier, then pytest without servers; more arguments go to pytest
+  cpp_tests test -DCMAKE_BUILD_TYPE=Release
+  ctest --test-dir build/test --output-on-failure -j "$jobs"
+  "$python" -m pytest -q -m "not server and not full" tests/python "$@"
+}
+
+task_asan() { ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+  cpp_tests asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=address
+  ctest --test-dir build/asan --output-on-failure -j "$jobs" "$@"
+}
+
+task_tsan() { ## run the tests of the pool and the stream under ThreadSanitizer
+  cpp_tests tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=thread
+  ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream' "$@"
+}
+
+task_lint() { ## ruff on Python, clang-format (if installed) on C++, bash -n on shell
+  "$python" -m ruff check .
+  if command -v clang-format >/dev/null; then
+    find csrc tests -name '*.h' -o -name '*.cpp' | xargs clang-format --dry-run
+  fi
+  for script in install.sh scripts/*.sh .ci/run; do bash -n "$script"; done
+}
+
+task_tables() { ## write the generated tables of README.md again
+  "$python" scripts/generate_readme_tables.py
+}
+
+task=${1:-help}
+if ! declare -F "task_$task" >/dev/null; then
+  echo "dev.sh: unknown task $task; the tasks are:" >&2
+  task_help >&2
+  exit 2
+fi
+shift || true
+"task_$task" "$@"
