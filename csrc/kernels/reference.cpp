@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/dtype.h"
+#include "base/hadamard.h"
 #include "kernels/kernel.h"
 
 namespace kt {
@@ -175,22 +176,7 @@ void store_fp16(const float* src, uint16_t* dst, int32_t n) {
   }
 }
 
-void rotate(float* x, int32_t n, int32_t block) {
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  for (int begin = 0; begin < n; begin += block) {
-    float* values = x + begin;
-    for (int distance = 1; distance < block; distance *= 2) {
-      for (int i = 0; i < block; ++i) {
-        if (i & distance) continue;
-        const float u = values[i];
-        const float v = values[i + distance];
-        values[i] = u + v;
-        values[i + distance] = u - v;
-      }
-    }
-    for (int i = 0; i < block; ++i) values[i] *= scale;
-  }
-}
+void rotate(float* x, int32_t n, int32_t block) { hadamard_rotate(x, n, block); }
 
 void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale, int32_t group_size,
               int32_t* group_sum) {
