@@ -60,16 +60,17 @@ class ExpertStore {
   PageReport pages() const;
 
  private:
-  struct Part;  // one projection on one node
+  template <typename Fill>
+  void fill_panels(const std::vector<int>& experts, Fill&& fill);
   uint8_t* mutable_panel(Projection projection, int slot, int64_t p) const;
   void check_expert(int expert) const;
 
   MoeConfig config_;
   WorkerPool& pool_;
-  std::vector<int> slot_;           // expert -> slot, -1: not here
-  std::vector<char> loaded_;        // by slot
-  std::vector<Part> parts_[2];      // by projection, then node
-  std::vector<uint8_t*> panel0_[2]; // by projection and panel: address of slot 0's copy
+  std::vector<int> slot_;                // expert -> slot, -1: not here
+  std::vector<char> loaded_;             // by slot
+  std::vector<NumaArena> arenas_;        // one for each projection and node
+  std::vector<uint8_t*> panel0_[2];      // by projection and panel: where slot 0 has it
   std::vector<int64_t> slot_stride_[2];  // by projection and panel: bytes from slot to slot
 };
 

@@ -57,6 +57,8 @@ class MoeLayer {
 
  private:
   struct Counters;
+  void check_routed_experts() const;
+
   ExpertStore store_;
   WorkerPool& pool_;
   std::shared_ptr<MoeScratch> scratch_;

@@ -17,6 +17,7 @@ struct Routing {
   std::vector<int32_t> token;      // token of each row
   std::vector<float> weight;       // its topk_weight
   int max_rows = 0;                // largest number of rows of one expert
+  std::vector<int32_t> count;      // scratch of route()
   int num_rows() const { return static_cast<int>(token.size()); }
 };
 

@@ -1,0 +1,69 @@
+#include "engine/engine.h"
+
+#include <mutex>
+#include <unordered_map>
+
+#include "base/check.h"
+#include "base/cpu_features.h"
+
+namespace kt {
+namespace {
+
+struct LayerTable {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<EngineLayer>> layers;
+  int64_t next = 1;
+};
+
+LayerTable& layer_table() {
+  static LayerTable table;
+  return table;
+}
+
+}  // namespace
+
+Engine::Engine(int num_threads, int num_nodes, const std::vector<int>& node_ids)
+    : topology_(detect_topology()), warnings_(topology_.warnings), scratch_(make_moe_scratch()) {
+  const PoolPlan plan = plan_pool(topology_, num_threads, num_nodes, node_ids);
+  warnings_.insert(warnings_.end(), plan.warnings.begin(), plan.warnings.end());
+  pool_ = std::make_unique<WorkerPool>(plan);
+  stream_ = std::make_unique<CpuStream>([this] { pool_->adopt_current_thread(); });
+}
+
+Engine::~Engine() {
+  stream_.reset();  // runs what is queued while the pool still stands
+}
+
+void Engine::run(std::function<void()> job) { stream_->wait(stream_->submit(std::move(job))); }
+
+EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)
+    : engine(std::move(layer_engine)),
+      layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
+
+int64_t register_layer(std::shared_ptr<EngineLayer> layer) {
+  LayerTable& table = layer_table();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  table.layers.emplace(table.next, std::move(layer));
+  return table.next++;
+}
+
+std::shared_ptr<EngineLayer> find_layer(int64_t handle) {
+  LayerTable& table = layer_table();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto found = table.layers.find(handle);
+  KT_CHECK(found != table.layers.end(),
+           "there is no open MoE layer with handle " << handle << "; it was closed, or its process is another one.");
+  return found->second;
+}
+
+void close_layer(int64_t handle) {
+  std::shared_ptr<EngineLayer> last;  // destroyed after the lock is free
+  LayerTable& table = layer_table();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto found = table.layers.find(handle);
+  if (found == table.layers.end()) return;
+  last = std::move(found->second);
+  table.layers.erase(found);
+}
+
+}  // namespace kt

@@ -1,0 +1,58 @@
+// What a host program holds: a pool with its stream, and layers by handle. No Torch here.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moe/moe_layer.h"
+#include "runtime/cpu_stream.h"
+#include "system/topology.h"
+#include "system/worker_pool.h"
+
+namespace kt {
+
+// One worker pool, one in-order stream whose thread is worker 0, and the scratch of all layers.
+//
+// Threads   stream().submit() from any thread; everything that runs on the pool goes through the stream.
+// Lifetime  layers hold their engine; the destructor waits for queued jobs.
+class Engine {
+ public:
+  // As plan_pool(): 0 means "all usable".
+  Engine(int num_threads, int num_nodes, const std::vector<int>& node_ids);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  WorkerPool& pool() { return *pool_; }
+  CpuStream& stream() { return *stream_; }
+  const std::shared_ptr<MoeScratch>& scratch() const { return scratch_; }
+  const Topology& topology() const { return topology_; }
+  const std::vector<std::string>& warnings() const { return warnings_; }
+
+  // Runs `job` on the stream and returns when it is done; its error is thrown here.
+  void run(std::function<void()> job);
+
+ private:
+  Topology topology_;
+  std::vector<std::string> warnings_;
+  std::shared_ptr<MoeScratch> scratch_;
+  std::unique_ptr<WorkerPool> pool_;
+  std::unique_ptr<CpuStream> stream_;
+};
+
+// A layer and the engine that runs it.
+struct EngineLayer {
+  EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config);
+  std::shared_ptr<Engine> engine;
+  MoeLayer layer;
+};
+
+// Handles let a tensor operator name a layer by an integer. Thread-safe. A handle is never reused.
+int64_t register_layer(std::shared_ptr<EngineLayer> layer);
+// Errors  kt::Error for a handle that was never given out or was closed.
+std::shared_ptr<EngineLayer> find_layer(int64_t handle);
+void close_layer(int64_t handle);
+
+}  // namespace kt

@@ -1,0 +1,174 @@
+#include "moe/expert_store.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/check.h"
+
+namespace kt {
+namespace {
+
+// Matrices start on their own page, so that pages of two experts are never mixed when one is replaced.
+constexpr int64_t kMatrixAlignment = 4096;
+
+const char* projection_name(Projection projection) { return projection == Projection::kW13 ? "w13" : "w2"; }
+
+// Re-throws an error of the quantizer with the place it happened.
+template <typename F>
+void with_place(int layer_idx, int expert, Projection projection, int64_t panel, F&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    KT_CHECK(false, "layer " << layer_idx << ", expert " << expert << ", " << projection_name(projection)
+                             << " panel " << panel << ": " << error.what());
+  }
+}
+
+}  // namespace
+
+ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(config), pool_(pool) {
+  check_moe_config(config);
+  slot_.assign(config.num_experts, -1);
+  for (size_t i = 0; i < config.expert_ids.size(); ++i) slot_[config.expert_ids[i]] = static_cast<int>(i);
+  loaded_.assign(config.expert_ids.size(), 0);
+
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    const int64_t panels = num_panels(projection);
+    std::vector<uint8_t*>& panel0 = panel0_[static_cast<int>(projection)];
+    std::vector<int64_t>& stride = slot_stride_[static_cast<int>(projection)];
+    panel0.assign(panels, nullptr);
+    stride.assign(panels, 0);
+    for (int node = 0; node < pool.num_nodes(); ++node) {
+      const IndexRange range = node_panels(projection, node);
+      const int64_t slot_bytes = round_up(range.size() * panel_bytes(projection), kMatrixAlignment);
+      const PoolPlan::Node& plan = pool.plan().nodes[node];
+      const int64_t arena_bytes = slot_bytes * static_cast<int64_t>(config.expert_ids.size());
+      if (arena_bytes == 0) continue;
+      NumaArena arena(arena_bytes, plan.bind_memory ? plan.id : -1);
+      for (int64_t p = range.begin; p < range.end; ++p) {
+        panel0[p] = arena.data() + (p - range.begin) * panel_bytes(projection);
+        stride[p] = slot_bytes;
+      }
+      arenas_.push_back(std::move(arena));
+    }
+  }
+}
+
+bool ExpertStore::all_loaded() const {
+  return std::all_of(loaded_.begin(), loaded_.end(), [](char loaded) { return loaded != 0; });
+}
+
+int64_t ExpertStore::num_panels(Projection projection) const {
+  return projection == Projection::kW13 ? num_w13_panels(config_.intermediate_size)
+                                        : config_.layout.num_panels(config_.hidden_size);
+}
+
+int64_t ExpertStore::padded_k(Projection projection) const {
+  return config_.layout.padded_k(projection == Projection::kW13 ? config_.hidden_size : config_.intermediate_size);
+}
+
+int64_t ExpertStore::panel_bytes(Projection projection) const {
+  return config_.layout.panel_bytes(projection == Projection::kW13 ? config_.hidden_size
+                                                                   : config_.intermediate_size);
+}
+
+IndexRange ExpertStore::node_panels(Projection projection, int node) const {
+  const auto& nodes = pool_.plan().nodes;
+  int64_t first_thread = 0;
+  for (int i = 0; i < node; ++i) first_thread += static_cast<int64_t>(nodes[i].cpus.size());
+  const int64_t last_thread = first_thread + static_cast<int64_t>(nodes[node].cpus.size()) - 1;
+  const int64_t panels = num_panels(projection);
+  return {even_part(panels, first_thread, pool_.num_threads()).begin,
+          even_part(panels, last_thread, pool_.num_threads()).end};
+}
+
+const uint8_t* ExpertStore::panel(Projection projection, int expert, int64_t p) const {
+  return mutable_panel(projection, slot_[expert], p);
+}
+
+uint8_t* ExpertStore::mutable_panel(Projection projection, int slot, int64_t p) const {
+  const int i = static_cast<int>(projection);
+  return panel0_[i][p] + slot * slot_stride_[i][p];
+}
+
+void ExpertStore::check_expert(int expert) const {
+  KT_CHECK(expert >= 0 && expert < config_.num_experts && slot_[expert] >= 0,
+           "layer " << config_.layer_idx << ": expert " << expert << " has no place on the CPU; "
+                    << config_.expert_ids.size() << " of " << config_.num_experts
+                    << " experts were given one when the layer was made.");
+}
+
+// Calls fill(source index, projection, panel, destination) once for every panel of every source, on a worker of the node
+// that owns the panel, so that first touch is local.
+template <typename Fill>
+void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
+  for (const int expert : experts) check_expert(expert);
+  const auto body = [&](const Worker& worker) {
+    for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+      const IndexRange panels = node_panels(projection, worker.node);
+      const IndexRange units =
+          even_part(panels.size() * static_cast<int64_t>(experts.size()), worker.index_in_node, worker.node_threads);
+      for (int64_t unit = units.begin; unit < units.end; ++unit) {
+        const int64_t source = unit / panels.size();
+        const int64_t p = panels.begin + unit % panels.size();
+        with_place(config_.layer_idx, experts[source], projection, p,
+                   [&] { fill(source, projection, p, mutable_panel(projection, slot_[experts[source]], p)); });
+      }
+    }
+  };
+  pool_.run({body});
+  for (const int expert : experts) loaded_[slot_[expert]] = 1;
+}
+
+void ExpertStore::load(const std::vector<Source>& sources) {
+  std::vector<int> experts;
+  for (const Source& source : sources) experts.push_back(source.expert);
+  fill_panels(experts, [&](int64_t i, Projection projection, int64_t p, uint8_t* dst) {
+    const Source& source = sources[i];
+    const PanelRows rows =
+        projection == Projection::kW13
+            ? w13_panel_rows(source.gate, source.up, source.dtype, config_.intermediate_size, config_.hidden_size, p)
+            : matrix_panel_rows(source.down, source.dtype, config_.hidden_size, config_.intermediate_size, p);
+    quantize_panel(config_.layout, rows, dst, nullptr);
+  });
+}
+
+void ExpertStore::load_packed(const std::vector<Packed>& sources) {
+  std::vector<int> experts;
+  for (const Packed& source : sources) experts.push_back(source.expert);
+  fill_panels(experts, [&](int64_t i, Projection projection, int64_t p, uint8_t* dst) {
+    const uint8_t* matrix = projection == Projection::kW13 ? sources[i].w13 : sources[i].w2;
+    std::memcpy(dst, matrix + p * panel_bytes(projection), panel_bytes(projection));
+  });
+}
+
+void ExpertStore::export_packed(int expert, uint8_t* w13, uint8_t* w2) const {
+  check_expert(expert);
+  KT_CHECK(loaded(expert), "layer " << config_.layer_idx << ": expert " << expert << " has not been loaded yet.");
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    uint8_t* matrix = projection == Projection::kW13 ? w13 : w2;
+    for (int64_t p = 0; p < num_panels(projection); ++p) {
+      std::memcpy(matrix + p * panel_bytes(projection), panel(projection, expert, p), panel_bytes(projection));
+    }
+  }
+}
+
+uint64_t ExpertStore::bytes() const {
+  uint64_t total = 0;
+  for (const NumaArena& arena : arenas_) total += arena.size();
+  return total;
+}
+
+PageReport ExpertStore::pages() const {
+  PageReport total;
+  for (const NumaArena& arena : arenas_) {
+    const PageReport report = arena.report();
+    total.bytes += report.bytes;
+    total.resident_bytes += report.resident_bytes;
+    total.huge_bytes += report.huge_bytes;
+    total.local_bytes += report.local_bytes;
+  }
+  return total;
+}
+
+}  // namespace kt

@@ -1,0 +1,208 @@
+// kt_kernel._ext: the objects that are not tensors. No Torch headers here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/check.h"
+#include "base/cpu_features.h"
+#include "engine/engine.h"
+#include "kernels/registry.h"
+#include "moe/moe_scratch.h"
+
+namespace py = pybind11;
+
+namespace kt {
+namespace {
+
+py::dict features_dict() {
+  const CpuFeatures& features = cpu_features();
+  py::dict out;
+  out["found"] = isa_name(features.found);
+  out["chosen"] = isa_name(features.chosen);
+  out["tier"] = features.tier;
+  out["reason"] = features.reason;
+  out["cpu_name"] = features.cpu_name;
+  return out;
+}
+
+py::list kernel_list() {
+  const IsaSet found = cpu_features().found;
+  py::list out;
+  for (const GemmKernel& kernel : list_gemm_kernels()) {
+    py::dict row;
+    row["name"] = kernel.name;
+    row["op"] = "gemm";
+    row["weight"] = dtype_name(kernel.weight_dtype);
+    row["a"] = dtype_name(kernel.a_dtype);
+    row["tier"] = isa_tier(kernel.isa);
+    row["isa"] = isa_name(kernel.isa);
+    row["supported"] = (kernel.isa & ~found) == 0;
+    row["mr"] = kernel.mr;
+    row["m_from"] = kernel.m_from;
+    out.append(row);
+  }
+  for (const RowwiseKernel& kernel : list_rowwise_kernels()) {
+    py::dict row;
+    row["name"] = kernel.ops->name;
+    row["op"] = "rowwise";
+    row["tier"] = isa_tier(kernel.isa);
+    row["isa"] = isa_name(kernel.isa);
+    row["supported"] = (kernel.isa & ~found) == 0;
+    out.append(row);
+  }
+  return out;
+}
+
+std::string explain_for(const std::string& weight_dtype) {
+  for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
+    if (weight_dtype == dtype_name(dtype)) return explain_kernels(dtype, cpu_features().chosen);
+  }
+  KT_CHECK(false, "unknown weight dtype '" << weight_dtype << "'; it must be int8, int4 or bf16.");
+}
+
+py::dict topology_dict() {
+  const Topology topology = detect_topology();
+  py::list nodes;
+  for (const NumaNode& node : topology.nodes) {
+    py::dict out;
+    out["id"] = node.id;
+    out["cpus"] = node.cpus;
+    out["num_cores"] = node.num_cores;
+    out["has_memory"] = node.has_memory;
+    out["memory_bytes"] = node.memory_bytes;
+    nodes.append(out);
+  }
+  py::dict out;
+  out["nodes"] = nodes;
+  out["num_cores"] = topology.num_cores();
+  out["cpu_quota"] = topology.cpu_quota;
+  out["memory_limit_bytes"] = topology.memory_limit_bytes;
+  out["memory_available_bytes"] = topology.memory_available_bytes;
+  out["can_bind"] = topology.can_bind;
+  out["warnings"] = topology.warnings;
+  return out;
+}
+
+py::dict layout_dict(const std::string& name, int64_t n, int64_t k) {
+  const PackedLayout layout = PackedLayout::parse(name);
+  py::dict out;
+  out["padded_k"] = layout.padded_k(k);
+  out["num_panels"] = layout.num_panels(n);
+  out["panel_bytes"] = layout.panel_bytes(k);
+  out["matrix_bytes"] = layout.matrix_bytes(n, k);
+  out["num_groups"] = layout.num_groups(k);
+  out["group_size"] = layout.effective_group_size(k);
+  out["rotation_block"] = layout.rotation_block(k);
+  return out;
+}
+
+// A layer under its handle: closed when the Python object goes.
+class LayerHandle {
+ public:
+  LayerHandle(const std::shared_ptr<Engine>& engine, const MoeConfig& config)
+      : layer_(std::make_shared<EngineLayer>(engine, config)), handle_(register_layer(layer_)) {}
+  ~LayerHandle() { close(); }
+  LayerHandle(const LayerHandle&) = delete;
+  LayerHandle& operator=(const LayerHandle&) = delete;
+
+  void close() {
+    close_layer(handle_);
+    layer_.reset();
+  }
+  int64_t handle() const { return handle_; }
+  MoeLayer& layer() const {
+    KT_CHECK(layer_ != nullptr, "this layer is closed.");
+    return layer_->layer;
+  }
+
+ private:
+  std::shared_ptr<EngineLayer> layer_;
+  int64_t handle_;
+};
+
+std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, int layer_idx, int num_experts,
+                                        int top_k, int hidden_size, int intermediate_size, const std::string& layout,
+                                        const std::vector<int>& expert_ids) {
+  MoeConfig config;
+  config.layer_idx = layer_idx;
+  config.num_experts = num_experts;
+  config.top_k = top_k;
+  config.hidden_size = hidden_size;
+  config.intermediate_size = intermediate_size;
+  config.layout = PackedLayout::parse(layout);
+  config.expert_ids = expert_ids;
+  check_moe_config(config);
+  return std::make_unique<LayerHandle>(engine, config);
+}
+
+py::dict counters_dict(const LayerHandle& handle) {
+  const MoeCounters counters = handle.layer().counters();
+  py::dict out;
+  out["forwards"] = counters.forwards;
+  out["tokens"] = counters.tokens;
+  out["rows"] = counters.rows;
+  out["weight_bytes"] = counters.weight_bytes;
+  out["busy_ns"] = counters.busy_ns;
+  return out;
+}
+
+py::dict pages_dict(const LayerHandle& handle) {
+  const PageReport report = handle.layer().store().pages();
+  py::dict out;
+  out["bytes"] = report.bytes;
+  out["resident_bytes"] = report.resident_bytes;
+  out["huge_bytes"] = report.huge_bytes;
+  out["local_bytes"] = report.local_bytes;
+  return out;
+}
+
+void bind_engine(py::module_& m) {
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "A worker pool and the in-order stream that feeds it.")
+      .def(py::init<int, int, const std::vector<int>&>(), py::arg("num_threads") = 0, py::arg("num_nodes") = 0,
+           py::arg("node_ids") = std::vector<int>{}, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_threads", [](Engine& engine) { return engine.pool().num_threads(); })
+      .def_property_readonly("num_nodes", [](Engine& engine) { return engine.pool().num_nodes(); })
+      .def_property_readonly("node_ids",
+                             [](Engine& engine) {
+                               std::vector<int> ids;
+                               for (const auto& node : engine.pool().plan().nodes) ids.push_back(node.id);
+                               return ids;
+                             })
+      .def_property_readonly("cpus",
+                             [](Engine& engine) {
+                               std::vector<int> cpus;
+                               for (const auto& node : engine.pool().plan().nodes) {
+                                 cpus.insert(cpus.end(), node.cpus.begin(), node.cpus.end());
+                               }
+                               return cpus;
+                             })
+      .def_property_readonly("scratch_bytes", [](Engine& engine) { return engine.scratch()->bytes(); })
+      .def_property_readonly("warnings", &Engine::warnings);
+}
+
+void bind_layer(py::module_& m) {
+  py::class_<LayerHandle>(m, "Layer", "One MoE layer: packed experts and the kernels chosen for them.")
+      .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"), py::arg("top_k"),
+           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("layout"), py::arg("expert_ids"))
+      .def_property_readonly("handle", &LayerHandle::handle)
+      .def_property_readonly("bytes", [](const LayerHandle& layer) { return layer.layer().store().bytes(); })
+      .def_property_readonly("loaded", [](const LayerHandle& layer) { return layer.layer().store().all_loaded(); })
+      .def_property_readonly("explain", [](const LayerHandle& layer) { return layer.layer().explain(); })
+      .def("counters", &counters_dict)
+      .def("pages", &pages_dict)
+      .def("close", &LayerHandle::close, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+}  // namespace kt
+
+PYBIND11_MODULE(_ext, m) {
+  m.doc() = "Native part of kt_kernel; tensors go through torch.ops.kt_kernel.";
+  m.attr("built_torch_version") = KT_BUILT_TORCH_VERSION;
+  m.def("cpu_features", &kt::features_dict);
+  m.def("list_kernels", &kt::kernel_list);
+  m.def("explain_kernels", &kt::explain_for, py::arg("weight_dtype"));
+  m.def("topology", &kt::topology_dict);
+  m.def("layout_info", &kt::layout_dict, py::arg("layout"), py::arg("n"), py::arg("k"));
+  kt::bind_engine(m);
+  kt::bind_layer(m);
+}

@@ -1,0 +1,220 @@
+// torch.ops.kt_kernel, the operators on layers: forward, submit and sync, load and export.
+#include <torch/library.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "engine/engine.h"
+#include "torch/tensor_checks.h"
+
+namespace kt {
+namespace {
+
+// The tensors of one forward, in the form the layer reads. Holds them alive.
+struct ForwardTensors {
+  at::Tensor hidden_states;  // [num_tokens, hidden_size], contiguous
+  at::Tensor topk_ids;       // [num_tokens, top_k] int32 or int64, contiguous
+  at::Tensor topk_weights;   // [num_tokens, top_k] fp32, contiguous
+  at::Tensor skip;           // [num_experts] bool, or undefined
+  at::Tensor output;
+  DType dtype;
+
+  MoeInput input() const {
+    MoeInput in;
+    in.hidden_states = hidden_states.const_data_ptr();
+    in.dtype = dtype;
+    in.topk_ids = topk_ids.const_data_ptr();
+    in.id_dtype = topk_ids.scalar_type() == at::kInt ? DType::kInt32 : DType::kInt64;
+    in.topk_weights = topk_weights.const_data_ptr<float>();
+    in.num_tokens = static_cast<int>(hidden_states.size(0));
+    in.top_k = static_cast<int>(topk_ids.size(1));
+    in.skip = skip.defined() ? reinterpret_cast<const uint8_t*>(skip.const_data_ptr<bool>()) : nullptr;
+    in.output = output.mutable_data_ptr();
+    return in;
+  }
+};
+
+// `own`: copy what would otherwise alias the caller's tensors (the caller may change them after submit).
+ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
+                             const at::Tensor& topk_weights, const std::optional<at::Tensor>& skip,
+                             const MoeConfig& config, bool own) {
+  check_cpu(hidden_states, "hidden_states");
+  check_cpu(topk_ids, "topk_ids");
+  check_cpu(topk_weights, "topk_weights");
+  ForwardTensors tensors;
+  tensors.dtype = float_dtype(hidden_states, "hidden_states");
+  KT_CHECK(hidden_states.dim() == 2 && hidden_states.size(1) == config.hidden_size,
+           "hidden_states has shape " << hidden_states.sizes() << "; it must be [num_tokens, " << config.hidden_size
+                                      << "].");
+  KT_CHECK(topk_ids.dim() == 2 && topk_ids.size(0) == hidden_states.size(0),
+           "topk_ids has shape " << topk_ids.sizes() << "; it must be [" << hidden_states.size(0) << ", top_k].");
+  KT_CHECK(topk_ids.size(1) <= config.top_k, "topk_ids names " << topk_ids.size(1) << " experts a token; layer "
+                                                               << config.layer_idx << " was made for "
+                                                               << config.top_k << ".");
+  KT_CHECK(at::isIntegralType(topk_ids.scalar_type(), /*includeBool=*/false),
+           "topk_ids is " << c10::toString(topk_ids.scalar_type()) << "; it must be an integer type.");
+  check_shape(topk_weights, topk_ids.sizes(), "topk_weights");
+  float_dtype(topk_weights, "topk_weights");
+  KT_CHECK(hidden_states.size(0) <= INT32_MAX / std::max(config.top_k, 1),
+           "hidden_states has " << hidden_states.size(0) << " tokens, more than one call can take.");
+
+  const auto taken = [own](const at::Tensor& tensor, at::ScalarType dtype) {
+    return tensor.to(dtype, /*non_blocking=*/false, /*copy=*/own).contiguous();
+  };
+  tensors.hidden_states = taken(hidden_states, hidden_states.scalar_type());
+  tensors.topk_ids = taken(topk_ids, topk_ids.scalar_type() == at::kInt ? at::kInt : at::kLong);
+  tensors.topk_weights = taken(topk_weights, at::kFloat);
+  if (skip.has_value()) {
+    check_cpu(*skip, "skip");
+    check_shape(*skip, {config.num_experts}, "skip");
+    KT_CHECK(skip->scalar_type() == at::kBool, "skip is " << c10::toString(skip->scalar_type())
+                                                          << "; it must be bool.");
+    tensors.skip = taken(*skip, at::kBool);
+  }
+  tensors.output = at::empty(hidden_states.sizes(), hidden_states.options().memory_format(at::MemoryFormat::Contiguous));
+  return tensors;
+}
+
+// Forwards that were submitted and not yet fetched, by ticket.
+struct PendingForwards {
+  struct Entry {
+    std::shared_ptr<EngineLayer> layer;
+    uint64_t stream_ticket;
+    at::Tensor output;
+  };
+  std::mutex mutex;
+  std::unordered_map<int64_t, Entry> entries;
+  int64_t next = 1;
+};
+
+PendingForwards& pending_forwards() {
+  static PendingForwards* pending = new PendingForwards;  // outlives every thread that may still sync at exit
+  return *pending;
+}
+
+at::Tensor moe_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+                       const std::optional<at::Tensor>& skip, int64_t layer) {
+  const std::shared_ptr<EngineLayer> target = find_layer(layer);
+  const ForwardTensors tensors =
+      check_forward(hidden_states, topk_ids, topk_weights, skip, target->layer.config(), /*own=*/false);
+  target->engine->run([&] { target->layer.forward(tensors.input()); });
+  return tensors.output;
+}
+
+at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+                  const std::optional<at::Tensor>& skip, int64_t layer) {
+  std::shared_ptr<EngineLayer> target = find_layer(layer);
+  ForwardTensors tensors =
+      check_forward(hidden_states, topk_ids, topk_weights, skip, target->layer.config(), /*own=*/true);
+  PendingForwards::Entry entry{target, 0, tensors.output};
+  MoeLayer* const moe_layer = &target->layer;  // the entry keeps it alive until sync
+  entry.stream_ticket = target->engine->stream().submit(
+      [moe_layer, tensors = std::move(tensors)] { moe_layer->forward(tensors.input()); });
+
+  PendingForwards& pending = pending_forwards();
+  const std::lock_guard<std::mutex> lock(pending.mutex);
+  const int64_t ticket = pending.next++;
+  pending.entries.emplace(ticket, std::move(entry));
+  return at::scalar_tensor(ticket, at::kLong).reshape({1});
+}
+
+at::Tensor sync(const at::Tensor& ticket, const at::Tensor& hidden_states) {
+  KT_CHECK(ticket.numel() == 1 && ticket.scalar_type() == at::kLong, "ticket must be the tensor that submit returned.");
+  const int64_t number = ticket.item<int64_t>();
+  PendingForwards& pending = pending_forwards();
+  PendingForwards::Entry entry;
+  {
+    const std::lock_guard<std::mutex> lock(pending.mutex);
+    const auto found = pending.entries.find(number);
+    KT_CHECK(found != pending.entries.end(), "ticket " << number << " was already fetched by sync, or never given out.");
+    entry = std::move(found->second);
+    pending.entries.erase(found);
+  }
+  entry.layer->engine->stream().wait(entry.stream_ticket);
+  KT_CHECK(entry.output.sizes() == hidden_states.sizes(),
+           "sync was given hidden_states of shape " << hidden_states.sizes() << ", but submit had "
+                                                    << entry.output.sizes() << ".");
+  return entry.output;
+}
+
+std::vector<int> expert_list(at::IntArrayRef experts, at::TensorList first, at::TensorList second) {
+  KT_CHECK(experts.size() == first.size() && experts.size() == second.size(),
+           "got " << experts.size() << " experts, but " << first.size() << " and " << second.size() << " tensors.");
+  return {experts.begin(), experts.end()};
+}
+
+void load_experts(int64_t layer, at::IntArrayRef experts, at::TensorList gate, at::TensorList up,
+                  at::TensorList down) {
+  const std::shared_ptr<EngineLayer> target = find_layer(layer);
+  const MoeConfig& config = target->layer.config();
+  const std::vector<int> ids = expert_list(experts, gate, up);
+  expert_list(experts, gate, down);
+  std::vector<at::Tensor> alive;
+  std::vector<ExpertStore::Source> sources;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const DType dtype = float_dtype(gate[i], "gate");
+    const auto take = [&](const at::Tensor& tensor, const char* name, int rows, int columns) {
+      check_cpu(tensor, name);
+      check_shape(tensor, {rows, columns}, name);
+      KT_CHECK(float_dtype(tensor, name) == dtype, "gate, up and down of expert " << ids[i] << " differ in dtype.");
+      alive.push_back(tensor.contiguous());
+      return alive.back().const_data_ptr();
+    };
+    const void* gate_data = take(gate[i], "gate", config.intermediate_size, config.hidden_size);
+    const void* up_data = take(up[i], "up", config.intermediate_size, config.hidden_size);
+    const void* down_data = take(down[i], "down", config.hidden_size, config.intermediate_size);
+    sources.push_back({ids[i], gate_data, up_data, down_data, dtype});
+  }
+  target->engine->run([&] { target->layer.store().load(sources); });
+}
+
+const uint8_t* packed_data(const at::Tensor& packed, int64_t bytes, const char* name) {
+  check_cpu(packed, name);
+  KT_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.numel() == bytes,
+           name << " is " << packed.numel() << " elements of " << c10::toString(packed.scalar_type())
+                << "; it must be " << bytes << " contiguous bytes (uint8).");
+  return packed.const_data_ptr<uint8_t>();
+}
+
+void load_packed(int64_t layer, at::IntArrayRef experts, at::TensorList w13, at::TensorList w2) {
+  const std::shared_ptr<EngineLayer> target = find_layer(layer);
+  const ExpertStore& store = target->layer.store();
+  const std::vector<int> ids = expert_list(experts, w13, w2);
+  std::vector<ExpertStore::Packed> sources;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto bytes = [&](Projection projection) { return store.num_panels(projection) * store.panel_bytes(projection); };
+    sources.push_back({ids[i], packed_data(w13[i], bytes(Projection::kW13), "w13"),
+                       packed_data(w2[i], bytes(Projection::kW2), "w2")});
+  }
+  target->engine->run([&] { target->layer.store().load_packed(sources); });
+}
+
+std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) {
+  const std::shared_ptr<EngineLayer> target = find_layer(layer);
+  const ExpertStore& store = target->layer.store();
+  const auto empty = [&](Projection projection) {
+    return at::empty({store.num_panels(projection) * store.panel_bytes(projection)}, at::kByte);
+  };
+  at::Tensor w13 = empty(Projection::kW13);
+  at::Tensor w2 = empty(Projection::kW2);
+  store.export_packed(static_cast<int>(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
+  return {w13, w2};
+}
+
+}  // namespace
+}  // namespace kt
+
+// submit gives a ticket that sync consumes: an operator without outputs that mutates nothing it declares would be
+// dropped by torch.compile.
+TORCH_LIBRARY(kt_kernel, m) {
+  m.def(
+      "moe_forward(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
+      &kt::moe_forward);
+  m.def("submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
+        &kt::submit);
+  m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor", &kt::sync);
+  m.def("load_experts(int layer, int[] experts, Tensor[] gate, Tensor[] up, Tensor[] down) -> ()",
+        &kt::load_experts);
+  m.def("load_packed(int layer, int[] experts, Tensor[] w13, Tensor[] w2) -> ()", &kt::load_packed);
+  m.def("export_packed(int layer, int expert) -> (Tensor, Tensor)", &kt::export_packed);
+}

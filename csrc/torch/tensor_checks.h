@@ -1,0 +1,29 @@
+// Checks of tensor arguments: each failure is one sentence with the name, the value got and the value wanted.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/dtype.h"
+
+namespace kt {
+
+inline DType float_dtype(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: break;
+  }
+  KT_CHECK(false, name << " is " << c10::toString(tensor.scalar_type()) << "; it must be bf16, fp16 or fp32.");
+}
+
+inline void check_cpu(const at::Tensor& tensor, const char* name) {
+  KT_CHECK(tensor.device().is_cpu(), name << " is on " << tensor.device().str() << "; it must be on the CPU.");
+}
+
+inline void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name) {
+  KT_CHECK(tensor.sizes() == shape, name << " has shape " << tensor.sizes() << "; it must be " << shape << ".");
+}
+
+}  // namespace kt
