@@ -245,7 +245,14 @@ install_torch() {
   fi
 }
 
-hash_files() { (cd "$repo" && find "$@" -type f ! -name '*.pyc' ! -name '*.so' -print0 2>/dev/null | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16); }
+# hash_files PATH...: one hash over the names and contents of the files under these paths; a missing path is no files.
+hash_files() {
+  local path present=()
+  cd "$repo"
+  for path; do [[ ! -e $path ]] || present+=("$path"); done
+  find "${present[@]}" -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.py -print0 | LC_ALL=C sort -z |
+    xargs -0 sha256sum | sha256sum | cut -c1-16
+}
 
 # requirements NAME FILE ARGS...: installs a requirements file once per content and arguments.
 requirements() {
@@ -269,7 +276,8 @@ install_package() {
     imports=1
     return
   fi
-  export KT_TORCH_VERSION=$torch_version
+  # Objects are kept between runs, one folder an environment: pip's own folders are deleted after each build.
+  export KT_TORCH_VERSION=$torch_version KT_BUILD_DIR=$repo/build/extension-$(sha256sum <<<"$prefix" | cut -c1-8)
   step "kt_kernel (one extension for every ISA)" "fix the compiler error above" pip_install "${mode[@]}"
   stamp package "$value"
 }

@@ -3,14 +3,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-jobs=${KT_BUILD_JOBS:-$(nproc)}
+jobs=$(nproc)
 python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
 
 # cpp_tests NAME CMAKE_OPTIONS...: configures and builds the C++ tests in build/NAME.
 cpp_tests() {
   local name=$1
   shift
-  cmake -S . -B "build/$name" -G Ninja -DKT_BUILD_TESTS=ON -DKT_BUILD_EXTENSION=OFF "$@"
+  cmake -S . -B "build/$name" -G Ninja -DKT_BUILD_TESTS=ON "$@"
   cmake --build "build/$name" -j "$jobs"
 }
 

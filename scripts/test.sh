@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Sets everything up and runs all tests: C++ on every tier, the sanitizers, Python, real servers.
+#
+# Usage: scripts/test.sh [--fast | --full]
+#   --fast   leave out the tests that start servers
+#   --full   add the tests that do not fit in 40 minutes on two cores
+#
+# Needs python3, apt and pip, and root for apt where a package is missing. Uses the clone's own .venv and build/.
+# The last line is the totals. Exit code 0 only if nothing failed and every skip is one that scripts/test_totals.py
+# names. Results are left in build/results (JUnit XML and logs).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection='not full'
+case ${1:-} in
+  '') ;;
+  --fast) selection='not full and not server' ;;
+  --full) selection='' ;;
+  *)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 2
+    ;;
+esac
+
+results=$PWD/build/results
+python=$PWD/.venv/bin/python
+jobs=$(nproc)
+mkdir -p "$results"
+rm -f "$results"/*
+unset VIRTUAL_ENV CONDA_PREFIX KT_FORCE_ISA
+
+# stage NAME COMMAND...: runs one stage, says how long it took, and notes a failure for the totals.
+stage() {
+  local name=$1 start=$SECONDS code=0
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || code=$?
+  printf '== %s: %s in %d s\n' "$name" "$([[ $code == 0 ]] && echo ok || echo "FAILED (exit code $code)")" $((SECONDS - start))
+  if ((code)); then printf '%s\texit code %d\n' "$name" "$code" >>"$results/failed_stages.tsv"; fi
+  return "$code"
+}
+
+# logged LOG COMMAND...: output into a file; the end of it on failure.
+logged() {
+  local log=$results/$1.log
+  shift
+  "$@" >"$log" 2>&1 || {
+    local code=$?
+    tail -n 40 "$log"
+    echo "full log: $log"
+    return $code
+  }
+}
+
+# cpp_build NAME CMAKE_OPTIONS...: the C++ tests in build/NAME; the programs in `targets`, or all.
+cpp_build() {
+  local name=$1
+  shift
+  logged "configure-$name" cmake -S . -B "build/$name" -G Ninja \
+    -DKT_BUILD_TESTS=ON "$@" &&
+    logged "build-$name" cmake --build "build/$name" -j "$jobs" --target $targets
+}
+
+# cpp_run NAME CTEST_OPTIONS...: every test of build/NAME; what it prints is kept for the totals.
+cpp_run() {
+  local name=$1
+  shift
+  "${prefix[@]}" ctest --test-dir "build/$name" -j "$jobs" --no-tests=error --timeout 600 --output-on-failure \
+    --test-output-size-passed 1000000 --output-junit "$results/ctest-$name.xml" "$@" >"$results/ctest-$name.log" 2>&1
+  local code=$?
+  if ((code)); then tail -n 60 "$results/ctest-$name.log"; else grep -E 'tests passed|Skipped' "$results/ctest-$name.log"; fi
+  return $code
+}
+
+cpp() {
+  local name=$1
+  shift
+  local options=()
+  while (($#)) && [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  (($# == 0)) || shift
+  stage "build of $name" cpp_build "$name" "${options[@]}" && stage "C++ tests: $name" cpp_run "$name" "$@"
+}
+
+run_pytest() {
+  "$python" -m pytest tests/python -q -m "$selection" -rs --durations=8 \
+    --timeout=900 --junitxml="$results/pytest.xml"
+}
+
+run_lint() { "$python" -m ruff check . && for f in install.sh scripts/*.sh .ci/run; do bash -n "$f" || return 1; done; }
+
+prefix=()
+targets=all
+if stage "set-up" ./install.sh --test --editable --venv .venv; then
+  stage "lint" run_lint
+  cpp test -DCMAKE_BUILD_TYPE=Release
+  # gcc 12's sanitizers cannot map their shadow where the kernel randomizes addresses by more than 28 bits
+  if setarch -R true 2>/dev/null; then prefix=(setarch -R); fi
+  export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+  export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
+  cpp asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=address
+  targets='test_worker_pool test_cpu_stream'
+  cpp tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=thread -- -R 'worker_pool|cpu_stream'
+  prefix=()
+  stage "pytest ${selection:+(-m \"$selection\")}" run_pytest
+fi
+printf '\nAll stages took %d min %d s.\n' $((SECONDS / 60)) $((SECONDS % 60))
+python3 scripts/test_totals.py "$results"

@@ -1,0 +1,181 @@
+"""What the compiler made: no instruction outside the declared set of an object, no symbol that could leak between sets.
+
+Old CPUs must get a message, not a crash, so everything but the ISA objects is plain x86-64; and an ISA object may emit no
+weak symbol, because the linker could keep its copy for the plain callers too. Reads the objects of the build trees that
+``scripts/test.sh`` and ``install.sh`` leave in build/.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from test_tree import ROOT, kernel_rows
+
+ISA_FOLDER = "csrc/kernels/x86/"
+
+# Instructions by the feature they need. Whatever is VEX or EVEX encoded begins with v.
+FEATURE_INSTRUCTIONS = {
+    "kIsaAvx512Vnni": re.compile(r"vpdp(bus|wss)ds?$"),
+    "kIsaAvx512Bf16": re.compile(r"v(dpbf16ps|cvtne2?ps2bf16)"),
+    "kIsaAvx512Vbmi": re.compile(r"v(permi2b|permt2b|permb|pmultishiftqb)$"),
+    "kIsaAmxInt8": re.compile(r"tdpb(ss|su|us|uu)d$"),
+    "kIsaAmxBf16": re.compile(r"tdpbf16ps$"),
+}
+EVEX_ONLY = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
+ABOVE_BASELINE = re.compile(
+    r"v(?!err|erw|mcall|mlaunch)\w+$|tdp|tile|popcnt|lzcnt|tzcnt|andn$|bextr|bls|bzhi|mulx|rorx|sarx|shlx|shrx|pdep|pext"
+    r"|movbe|crc32|pshufb|palignr|pmull[d]|ptest|round[ps][sd]|blendv|pblend|pextr[bdq]|pinsr[bdq]|ph(add|sub)"
+)
+
+
+def build_trees() -> list[Path]:
+    """CMake build folders without sanitizers, newest first."""
+    caches = [path for path in (ROOT / "build").glob("*/CMakeCache.txt") if "KT_SANITIZE:STRING=\n" in path.read_text()]
+    return [path.parent for path in sorted(caches, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+@cache
+def built_objects() -> dict[str, Path]:
+    """Newest object of each source under csrc/ that still exists, by the source's path."""
+    objects: dict[str, Path] = {}
+    for tree in build_trees():
+        for path in tree.rglob("*.cpp.o"):
+            match = re.search(r"(csrc/.*\.cpp)\.o$", path.as_posix())
+            if match and (ROOT / match.group(1)).exists():
+                other = objects.get(match.group(1))
+                if other is None or other.stat().st_mtime < path.stat().st_mtime:
+                    objects[match.group(1)] = path
+    return objects
+
+
+def require_objects(folder: str = "csrc/") -> dict[str, Path]:
+    objects = {name: path for name, path in built_objects().items() if name.startswith(folder)}
+    if not objects:
+        pytest.skip("build/ holds no objects: run scripts/test.sh or scripts/dev.sh test first")
+    return objects
+
+
+def symbols(path: Path) -> list[tuple[str, str]]:
+    """(type letter, demangled name) of each defined symbol."""
+    text = subprocess.run(["nm", "-C", "--defined-only", path], check=True, capture_output=True, text=True).stdout
+    return [(match.group(1), match.group(2)) for match in re.finditer(r"^\S+ (\S) (.+)$", text, re.MULTILINE)]
+
+
+def instructions(path: Path) -> set[tuple[str, bool]]:
+    """Distinct (mnemonic, whether it names an EVEX-only register) of all code sections."""
+    command = ["objdump", "-d", "--no-show-raw-insn", "--no-addresses", path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = set()
+    for match in re.finditer(r"^\s+((?:(?:rep|repz|repnz|lock|bnd|notrack|data16|cs) )*)([a-z][a-z0-9]*)(.*)$", text, re.M):
+        found.add((match.group(2), bool(EVEX_ONLY.search(match.group(3)))))
+    assert found, f"objdump printed no instruction of {path}"
+    return found
+
+
+def symbol_findings(path: Path, declared: set[str]) -> list[str]:
+    """Weak symbols, and global ones that are no row of kernels.inc."""
+    findings = []
+    for kind, name in symbols(path):
+        plain = re.sub(r"\(.*\)$", "", name).removeprefix("kt::")
+        if kind in "VvWw" or kind == "u":
+            findings.append(f"{path.name}: weak symbol {name}")
+        elif kind.isupper() and plain not in declared:
+            findings.append(f"{path.name}: global symbol {name} is no row of kernels.inc")
+    return findings
+
+
+def isa_findings(path: Path, allowed: set[str]) -> list[str]:
+    """Instructions of an ISA object that need a feature outside `allowed`."""
+    findings = []
+    for mnemonic, evex in instructions(path):
+        if evex and not any(feature.startswith(("kIsaAvx512", "kIsaAmx")) for feature in allowed):
+            findings.append(f"{path.name}: {mnemonic} with an AVX-512 register")
+        for feature, pattern in FEATURE_INSTRUCTIONS.items():
+            if feature not in allowed and pattern.match(mnemonic):
+                findings.append(f"{path.name}: {mnemonic} needs {feature}")
+    return findings
+
+
+def baseline_findings(path: Path) -> list[str]:
+    """Instructions above plain x86-64."""
+    return [f"{path.name}: {mnemonic}" for mnemonic, evex in instructions(path) if evex or ABOVE_BASELINE.match(mnemonic)]
+
+
+def test_isa_objects_expose_their_kernels_only() -> None:
+    declared = set(kernel_rows())
+    findings = []
+    for path in require_objects(ISA_FOLDER).values():
+        findings += symbol_findings(path, declared)
+    assert not findings, "\n".join(findings)
+
+
+def test_isa_objects_stay_within_their_features() -> None:
+    rows = kernel_rows()
+    findings = []
+    for path in require_objects(ISA_FOLDER).values():
+        names = {re.sub(r"\(.*\)$", "", name).removeprefix("kt::") for kind, name in symbols(path) if kind.isupper()}
+        features = [set(re.findall(r"kIsa\w+", rows[name])) for name in names if name in rows]
+        assert features, f"{path} defines no kernel of kernels.inc"
+        # the host is only known to have what every row of the object asks for
+        findings += isa_findings(path, set.intersection(*features))
+    assert not findings, "\n".join(findings)
+
+
+def test_every_source_was_built() -> None:
+    """Else the checks of this file would pass on objects that are not there."""
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    missing = sources - set(require_objects())
+    assert not missing, f"no object in build/ for {sorted(missing)}; run install.sh and scripts/test.sh"
+
+
+def test_other_objects_are_plain_x86_64() -> None:
+    findings = []
+    for name, path in require_objects().items():
+        if not name.startswith(ISA_FOLDER):
+            findings += baseline_findings(path)
+    assert not findings, "\n".join(findings)
+
+
+# --- the checks find planted faults ------------------------------------------------------------------------------------
+
+PLANTED = """
+#include <immintrin.h>
+namespace kt {
+inline int weak(int x) { return x + 1; }
+int (*keep)(int) = weak;
+void add(const float* a, float* b) { _mm512_storeu_ps(b, _mm512_add_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b))); }
+void dot(const void* a, void* b) {
+  _mm512_storeu_si512(b, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(a), _mm512_loadu_si512(b)));
+}
+}  // namespace kt
+"""
+
+
+@pytest.fixture(scope="module")
+def planted_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++")
+    assert compiler, "g++ is missing; install.sh installs it"
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cpp").write_text(PLANTED)
+    command = [compiler, "-O1", "-mavx512f", "-mavx512vnni", "-c", "planted.cpp", "-o", "planted.cpp.o"]
+    subprocess.run(command, check=True, cwd=folder)
+    return folder / "planted.cpp.o"
+
+
+def test_planted_instructions_are_found(planted_object: Path) -> None:
+    assert any("vaddps" in finding for finding in baseline_findings(planted_object))
+    assert any("register" in finding for finding in isa_findings(planted_object, {"kIsaAvx2"}))
+    assert any("vpdpbusd" in finding for finding in isa_findings(planted_object, {"kIsaAvx2", "kIsaAvx512"}))
+    assert not isa_findings(planted_object, {"kIsaAvx2", "kIsaAvx512", "kIsaAvx512Vnni"})
+
+
+def test_planted_symbols_are_found(planted_object: Path) -> None:
+    findings = symbol_findings(planted_object, {"add"})
+    assert any("weak symbol kt::weak" in finding for finding in findings)
+    assert any("kt::dot" in finding for finding in findings)
+    assert not any("kt::add" in finding for finding in findings)
