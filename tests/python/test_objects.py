@@ -1,8 +1,8 @@
-"""What the compiler made: no instruction outside the declared set of an object, no symbol that could leak between sets.
+"""What the compiler made: no instruction outside an object's declared set, no symbol that could leak between sets.
 
-Old CPUs must get a message, not a crash, so everything but the ISA objects is plain x86-64; and an ISA object may emit no
-weak symbol, because the linker could keep its copy for the plain callers too. Reads the objects of the build trees that
-``scripts/test.sh`` and ``install.sh`` leave in build/.
+Old CPUs must get a message, not a crash, so everything but the ISA objects is plain x86-64; and an ISA object may emit
+no weak symbol, because the linker could keep its copy for the plain callers too. Reads the objects of the build trees
+that ``scripts/test.sh`` and ``install.sh`` leave in build/.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FEATURE_INSTRUCTIONS = {
     "kIsaAmxInt8": re.compile(r"tdpb(ss|su|us|uu)d$"),
     "kIsaAmxBf16": re.compile(r"tdpbf16ps$"),
 }
+PREFIXES = "rep|repz|repnz|lock|bnd|notrack|data16|cs"
 EVEX_ONLY = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 ABOVE_BASELINE = re.compile(
     r"v(?!err|erw|mcall|mlaunch)\w+$|tdp|tile|popcnt|lzcnt|tzcnt|andn$|bextr|bls|bzhi|mulx|rorx|sarx|shlx|shrx|pdep|pext"
@@ -71,8 +72,8 @@ def instructions(path: Path) -> set[tuple[str, bool]]:
     command = ["objdump", "-d", "--no-show-raw-insn", "--no-addresses", path]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = set()
-    for match in re.finditer(r"^\s+((?:(?:rep|repz|repnz|lock|bnd|notrack|data16|cs) )*)([a-z][a-z0-9]*)(.*)$", text, re.M):
-        found.add((match.group(2), bool(EVEX_ONLY.search(match.group(3)))))
+    for match in re.finditer(rf"^\s+(?:(?:{PREFIXES}) )*([a-z][a-z0-9]*)(.*)$", text, re.M):
+        found.add((match.group(1), bool(EVEX_ONLY.search(match.group(2)))))
     assert found, f"objdump printed no instruction of {path}"
     return found
 
@@ -103,7 +104,8 @@ def isa_findings(path: Path, allowed: set[str]) -> list[str]:
 
 def baseline_findings(path: Path) -> list[str]:
     """Instructions above plain x86-64."""
-    return [f"{path.name}: {mnemonic}" for mnemonic, evex in instructions(path) if evex or ABOVE_BASELINE.match(mnemonic)]
+    found = instructions(path)
+    return [f"{path.name}: {mnemonic}" for mnemonic, evex in found if evex or ABOVE_BASELINE.match(mnemonic)]
 
 
 def test_isa_objects_expose_their_kernels_only() -> None:
@@ -141,7 +143,7 @@ def test_other_objects_are_plain_x86_64() -> None:
     assert not findings, "\n".join(findings)
 
 
-# --- the checks find planted faults ------------------------------------------------------------------------------------
+# The checks find planted faults.
 
 PLANTED = """
 #include <immintrin.h>

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Write the tables of README.md from the code: methods by instruction set, kernels, environment variables.
+
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. ``--check`` changes nothing and exits 1 if a
+table is not what the code says. Reads sources only: needs neither a build nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Columns of the methods' table, in the order in which a CPU that has the next one has all before it.
+FEATURES = ("reference", "avx2", "avx512", "avx512vnni", "avx512bf16", "avxvnni", "amxint8", "amxbf16")
+ACTIVATIONS = {"kInt8": "int8", "kUint8": "int8 + 128", "kBFloat16": "bf16"}
+WEIGHTS = {"kInt8": "int8", "kInt4": "int4", "kBFloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One row of kernels.inc: what it computes, what it needs, and from how many rows of an expert it is chosen."""
+
+    symbol: str
+    needs: str
+    weight: str = ""
+    activation: str = ""
+    m_from: str = ""
+
+    @property
+    def feature(self) -> str:
+        """The last word of the symbol: the feature that names the object file."""
+        return self.symbol.rsplit("_", 1)[1]
+
+
+def load_source(path: Path) -> ModuleType:
+    """A module from its file, without importing the package around it (which needs the built extension)."""
+    spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def feature_name(constant: str) -> str:
+    """``kIsaAvx512Vnni`` -> ``avx512vnni``."""
+    return constant.strip().removeprefix("kIsa").lower()
+
+
+def read_kernels(text: str) -> list[KernelRow]:
+    """Rows of kernels.inc, in its order."""
+    text = re.sub(r"//[^\n]*|(?m:^\s*#.*$)", "", text)
+    rows = []
+    for macro, arguments in re.findall(r"KT_(GEMM|ROWWISE|EXPAND)\(([^()]*)\)", text):
+        fields = [" ".join(field.split()) for field in arguments.split(",")]
+        needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
+        if macro == "GEMM":
+            rows.append(KernelRow(fields[0], needs, WEIGHTS[fields[2]], ACTIVATIONS[fields[3]], fields[5]))
+        else:
+            rows.append(KernelRow(fields[0], needs))
+    return rows
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def methods_table(kernels: list[KernelRow], methods: dict) -> str:
+    """Methods by feature: *yes* where the method has kernels of its own for the feature."""
+    features = [name for name in FEATURES if any(row.feature == name for row in kernels)]
+    rows = []
+    for method in methods.values():
+        own = {row.feature for row in kernels if row.weight == method.weight_dtype}
+        cells = ["yes" if feature in own else "-" for feature in features]
+        rows.append([f"`{method.name}`", f"`{method.layout}`", *cells, method.description])
+    return markdown_table(["Method", "Layout", *features, "Weights"], rows)
+
+
+def kernels_table(kernels: list[KernelRow]) -> str:
+    """Every row of kernels.inc."""
+    rows = [[f"`{k.symbol}`", k.weight or "-", k.activation or "-", k.m_from or "-", k.needs] for k in kernels]
+    return markdown_table(["Kernel", "Weights", "Activations", "From rows of an expert", "Needs"], rows)
+
+
+def tables() -> dict[str, str]:
+    """Every generated table by the name of its markers."""
+    kernels = read_kernels((ROOT / "csrc/kernels/kernels.inc").read_text())
+    return {
+        "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py").METHODS),
+        "kernels": kernels_table(kernels),
+        "environment": load_source(ROOT / "kt_kernel/config.py").environment_table(),
+    }
+
+
+def render(readme: str) -> str:
+    """The README's text with every table replaced by the current one.
+
+    Raises
+    ------
+    ValueError
+        The README has no markers for a table.
+    """
+    for name, table in tables().items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1:
+            raise ValueError(f"README.md must have {begin} and {end} once each.")
+        head, _, rest = readme.partition(begin)
+        readme = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return readme
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only report whether README.md is up to date")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    current = path.read_text()
+    wanted = render(current)
+    if current == wanted:
+        return 0
+    if arguments.check:
+        print("README.md is not what the code says; run scripts/generate_readme_tables.py", file=sys.stderr)
+        return 1
+    path.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
