@@ -1,0 +1,246 @@
+"""Sizes of a layer and of its engine, and every KT_* environment variable."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+logger = logging.getLogger("kt_kernel")
+
+
+@dataclass(frozen=True)
+class EnvironmentVariable:
+    """One row of the README's table of environment variables."""
+
+    name: str
+    default: str
+    read_in: str
+    effect: str
+
+
+ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
+    EnvironmentVariable(
+        "KT_NUM_THREADS",
+        "usable physical cores",
+        "kt_kernel/config.py",
+        "threads of the worker pool where --kt-cpuinfer is not given",
+    ),
+    EnvironmentVariable(
+        "KT_NUMA_NODES",
+        "the first --kt-threadpool-count nodes",
+        "kt_kernel/config.py",
+        "comma separated ids of the NUMA nodes to use, e.g. `0,2`, where numa_nodes is not given",
+    ),
+    EnvironmentVariable(
+        "KT_LOG_LEVEL",
+        "the level of Python's root logger",
+        "kt_kernel/config.py",
+        "level of the logger `kt_kernel`: DEBUG, INFO, WARNING or ERROR",
+    ),
+    EnvironmentVariable(
+        "KT_FORCE_ISA",
+        "everything the CPU has",
+        "csrc/base/cpu_features.cpp",
+        "highest instruction set tier (reference, avx2, avx512, amx) and removed features, e.g. `avx512,-vnni`",
+    ),
+    EnvironmentVariable(
+        "KT_SPIN_US",
+        "chosen from the number of free cores",
+        "csrc/system/worker_pool.cpp",
+        "microseconds an idle worker spins before it sleeps",
+    ),
+    EnvironmentVariable(
+        "KT_BUILD_DIR",
+        "a temporary folder",
+        "setup.py",
+        "folder CMake builds in, kept for the next build (build time only)",
+    ),
+    EnvironmentVariable(
+        "KT_TORCH_VERSION",
+        "2.13.0",
+        "setup.py, install.sh",
+        "torch version to build against and to install (build time only)",
+    ),
+    EnvironmentVariable(
+        "KT_SGLANG_VERSION",
+        "0.5.18",
+        "install.sh",
+        "SGLang version to install (build time only)",
+    ),
+    EnvironmentVariable(
+        "KT_BUILD_DIR",
+        "a folder that is deleted after the build",
+        "setup.py",
+        "where CMake keeps the extension's objects, so that the next build is incremental (build time only)",
+    ),
+)
+
+
+def _read(name: str) -> str | None:
+    value = os.environ.get(name, "").strip()
+    return value or None
+
+
+def default_num_threads() -> int:
+    """Threads to use where the caller names none: ``KT_NUM_THREADS``, else 0 (= usable physical cores).
+
+    Raises
+    ------
+    ValueError
+        The variable is no positive integer.
+    """
+    value = _read("KT_NUM_THREADS")
+    if value is None:
+        return 0
+    if not value.isdigit() or int(value) == 0:
+        raise ValueError(f"KT_NUM_THREADS={value!r} is no positive number of threads; unset it or give e.g. 16.")
+    return int(value)
+
+
+def default_numa_nodes() -> tuple[int, ...]:
+    """Node ids to use where the caller names none: ``KT_NUMA_NODES``, else empty (= the first nodes).
+
+    Raises
+    ------
+    ValueError
+        The variable is no comma separated list of node ids.
+    """
+    value = _read("KT_NUMA_NODES")
+    if value is None:
+        return ()
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"KT_NUMA_NODES={value!r} is no comma separated list of node ids; give e.g. 0,1.")
+    return tuple(int(word) for word in words)
+
+
+def apply_log_level() -> None:
+    """Set the level of the logger ``kt_kernel`` from ``KT_LOG_LEVEL``; does nothing where it is unset.
+
+    Raises
+    ------
+    ValueError
+        The variable names no level.
+    """
+    value = _read("KT_LOG_LEVEL")
+    if value is None:
+        return
+    level = logging.getLevelName(value.upper())
+    if not isinstance(level, int):
+        raise ValueError(f"KT_LOG_LEVEL={value!r} is no level; use DEBUG, INFO, WARNING or ERROR.")
+    logger.setLevel(level)
+
+
+def unknown_variables() -> list[str]:
+    """Names of set KT_* variables that no part of this package reads, ascending."""
+    known = {variable.name for variable in ENVIRONMENT}
+    return sorted(name for name in os.environ if name.startswith("KT_") and name not in known)
+
+
+def environment_table() -> str:
+    """The table of the README: Variable, Default, Read in, Effect."""
+    rows = ["| Variable | Default | Read in | Effect |", "|---|---|---|---|"]
+    rows += [f"| `{v.name}` | {v.default} | {v.read_in} | {v.effect} |" for v in ENVIRONMENT]
+    return "\n".join(rows)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer number (bool is not)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Sizes of one MoE layer (mirrors ``csrc/moe/moe_config.h``).
+
+    Attributes
+    ----------
+    layer_idx : int
+        Index of the layer in the model, dense layers counted; for names and messages.
+    num_experts : int
+        Experts the router chooses from, those on the GPU included.
+    top_k : int
+        Experts a token is sent to.
+    hidden_size, intermediate_size : int
+        gate and up are ``[intermediate_size, hidden_size]``, down is ``[hidden_size, intermediate_size]``.
+
+    Raises
+    ------
+    ValueError
+        A size below 1, or top_k above num_experts.
+    """
+
+    layer_idx: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        if not is_count(self.layer_idx) or self.layer_idx < 0:
+            raise ValueError(f"layer_idx is {self.layer_idx!r}; it must be an integer of at least 0.")
+        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if not is_count(value) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k}, above num_experts = {self.num_experts}; "
+                f"a token cannot be sent to more experts than there are."
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Threads and NUMA nodes of one worker pool; engines are shared by equal values.
+
+    Attributes
+    ----------
+    num_threads : int
+        Threads over all nodes; 0: the usable physical cores.
+    num_nodes : int
+        NUMA nodes; 0: all. More than there are: clamped by the pool, with a warning.
+    node_ids : tuple of int
+        Explicit node ids, in this order; empty: the first ``num_nodes``.
+    """
+
+    num_threads: int = 0
+    num_nodes: int = 0
+    node_ids: tuple[int, ...] = field(default_factory=tuple)
+
+    @staticmethod
+    def resolve(
+        num_threads: int | None = None,
+        num_nodes: int | None = None,
+        node_ids: list[int] | tuple[int, ...] | None = None,
+    ) -> EngineConfig:
+        """Fill what the caller left out from the environment and check the rest.
+
+        Raises
+        ------
+        ValueError
+            A number below 1, a repeated node id, or a list of ids whose length is not ``num_nodes``.
+        """
+        for name, value in (("cpuinfer_threads", num_threads), ("threadpool_count", num_nodes)):
+            if value is not None and (not is_count(value) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1, or None for the default.")
+        if node_ids is None:
+            ids = default_numa_nodes()
+            if ids:
+                num_nodes = len(ids)
+        else:
+            ids = tuple(node_ids)
+        if any(not is_count(node) or node < 0 for node in ids):
+            raise ValueError(f"numa_nodes is {list(ids)}; node ids are integers of at least 0.")
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"numa_nodes is {list(ids)}; a node may be named only once.")
+        if ids and num_nodes is not None and len(ids) != num_nodes:
+            raise ValueError(
+                f"numa_nodes names {len(ids)} nodes and threadpool_count is {num_nodes}; give one node id per pool."
+            )
+        return EngineConfig(
+            num_threads=default_num_threads() if num_threads is None else num_threads,
+            num_nodes=len(ids) if ids else (num_nodes or 0),
+            node_ids=ids,
+        )

@@ -1,0 +1,356 @@
+"""Converts a checkpoint to a folder of packed experts: layer by layer, experts in parallel, memory of a few experts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
+from kt_kernel.experts import packed_bytes
+from kt_kernel.methods import Method
+from kt_kernel.packed_folder import PackedDescription
+from kt_kernel.packed_writer import LayerWriter, PackedWriter
+from kt_kernel.progress import Progress
+from kt_kernel.safetensors_file import write_atomically
+
+logger = logging.getLogger("kt_kernel.converter")
+
+_INPUT_TYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+# Copied beside the experts, so that a converted folder tells which model it belongs to.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_HASH_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """One conversion.
+
+    Attributes
+    ----------
+    input_path : str
+        Folder of a Hugging Face checkpoint, or a model id.
+    output : Path
+        Folder to write; empty, or begun by the same conversion.
+    method : Method
+        Target method.
+    group_size : int, optional
+        int4 only; None: the method's own, 0: whole rows.
+    input_type : str, optional
+        What the caller believes the checkpoint holds; checked against it.
+    num_threads : int
+        Experts quantized at once; 0: every usable CPU. Does not change a byte of the result.
+    """
+
+    input_path: str
+    output: Path
+    method: Method
+    group_size: int | None = None
+    input_type: str | None = None
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion made.
+
+    Attributes
+    ----------
+    layers, resumed_layers : int
+        MoE layers in all, and those that were there from an earlier run.
+    packed_bytes, source_bytes : int
+        Size of the packed experts and of the experts they were made from.
+    mean_error, worst_error : float
+        Relative quantization error over the tensors; ``sqrt(sum (q - w)^2 / sum w^2)`` each.
+    worst_tensor : str
+        Name of the tensor with the largest error.
+    """
+
+    layers: int
+    resumed_layers: int
+    packed_bytes: int
+    source_bytes: int
+    mean_error: float
+    worst_error: float
+    worst_tensor: str
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def convert(options: ConvertOptions) -> ConvertResult:
+    """Convert every MoE layer of a checkpoint.
+
+    Resumes by itself: layers that an earlier, killed run finished are checked and kept. The bytes depend on the
+    checkpoint and the layout only.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint cannot be read, the output holds something else, a weight is NaN or infinite; one sentence.
+    OSError
+        The disk is full or fails; one sentence, finished layers stay.
+    """
+    source = Checkpoint(resolve_folder(options.input_path))
+    layout = options.method.layout_with_group(options.group_size)
+    if options.output.exists() and options.output.resolve() == source.folder.resolve():
+        raise ValueError(f"output {options.output} is the checkpoint itself; give another folder.")
+    for layer in source.layers:
+        source.check_layer(layer)
+    description = _describe(source, options, layout)
+    num_experts = source.sizes.num_experts
+    layer_bytes = {layer: source.expert_bytes(layer) * num_experts for layer in source.layers}
+
+    writer = PackedWriter(options.output, description)
+    try:
+        todo = [layer for layer in source.layers if layer not in writer.finished_layers]
+        resumed = len(source.layers) - len(todo)
+        if resumed:
+            logger.info("%d of %d layers are there already and whole", resumed, len(source.layers))
+        hashes = _SourceHashes(source, writer)
+        hashes.check_recorded()
+        progress = Progress(
+            f"converting to {options.method.name}",
+            total_bytes=sum(layer_bytes[layer] for layer in todo),
+            total_layers=len(todo),
+            logger=logger,
+        )
+        try:
+            with ThreadPoolExecutor(options.num_threads or usable_cpus()) as pool, ThreadPoolExecutor(1) as hash_pool:
+                hashing = [hash_pool.submit(hashes.hash_file, file) for file in hashes.missing(todo)]
+                try:
+                    for layer in todo:
+                        _convert_layer(source, writer, layer, layout, pool, progress)
+                    for future in hashing:
+                        future.result()
+                except BaseException:
+                    hashes.stop()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            progress.close()
+        if todo or not writer.complete:
+            writer.finish(hashes.sha256(), _copy_files(source.folder, options.output))
+        return _summary(writer, resumed, sum(layer_bytes.values()))
+    finally:
+        writer.close()
+
+
+def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> PackedDescription:
+    from kt_kernel import __version__
+
+    found = sorted({_INPUT_TYPES.get(dtype, dtype) for dtype in source.dtypes()})
+    input_type = found[0] if len(found) == 1 else "+".join(found)
+    if options.input_type is not None and options.input_type != input_type:
+        raise ValueError(
+            f"--input-type is {options.input_type}, but the experts of {source.folder} are {input_type}; "
+            f"give --input-type {input_type}."
+        )
+    sizes = source.sizes
+    files = sorted({file for layer in source.layers for file in source.files(layer)})
+    return PackedDescription(
+        method=options.method.name,
+        layout=layout,
+        package_version=__version__,
+        input_type=input_type,
+        model={
+            "model_type": sizes.model_type,
+            "num_experts": sizes.num_experts,
+            "top_k": sizes.top_k,
+            "hidden_size": sizes.hidden_size,
+            "intermediate_size": sizes.intermediate_size,
+            "num_hidden_layers": sizes.num_hidden_layers,
+        },
+        moe_layers=source.layers,
+        source_bytes={file: (source.folder / file).stat().st_size for file in files},
+        config_sha256=hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
+    )
+
+
+# --- one layer ---
+
+
+def _convert_layer(
+    source: Checkpoint,
+    writer: PackedWriter,
+    layer: int,
+    layout: str,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> None:
+    sizes = source.sizes
+    w13_bytes, w2_bytes = packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
+    file = writer.begin_layer(layer, sizes.num_experts, w13_bytes, w2_bytes)
+    share = source.expert_bytes(layer)
+
+    def convert_expert(expert: int) -> None:
+        weights = source.expert(layer, expert)
+        _pack_into(file, source, layer, expert, "w13", layout, (weights.gate, weights.up))
+        _pack_into(file, source, layer, expert, "w2", layout, (weights.down,))
+        source.release(layer, expert)
+        progress.add(share)
+
+    try:
+        _run_all(pool, convert_expert, range(sizes.num_experts))
+    except BaseException:
+        file.abort()
+        raise
+    writer.finish_layer(layer, file)
+    progress.finish_layer(layer)
+
+
+def _pack_into(
+    file: LayerWriter,
+    source: Checkpoint,
+    layer: int,
+    expert: int,
+    part: str,
+    layout: str,
+    matrices: tuple[torch.Tensor, ...],
+) -> None:
+    ops = torch.ops.kt_kernel
+    if len({matrix.dtype for matrix in matrices}) > 1:
+        matrices = tuple(matrix.float() for matrix in matrices)
+    try:
+        packed, error = (ops.quantize_pack_w13 if part == "w13" else ops.quantize_pack)(*matrices, layout)
+    except RuntimeError as cause:
+        name = source.tensor_name(layer, expert, "gate" if part == "w13" else "down")
+        also = f" (or {source.tensor_name(layer, expert, 'up')})" if part == "w13" else ""
+        raise ValueError(f"{name}{also} cannot be packed: {cause}") from cause
+    file.write(f"experts.{expert}.{part}", packed, error)
+
+
+def _run_all(pool: ThreadPoolExecutor, work: Callable[[int], None], items: Iterable[int]) -> None:
+    """Run work on every item, the first error first; all started work has ended when this returns or raises."""
+    futures: deque[Future] = deque(pool.submit(work, item) for item in items)
+    try:
+        while futures:
+            futures[0].result()
+            futures.popleft()
+    finally:
+        for future in futures:
+            future.cancel()
+        for future in futures:
+            if not future.cancelled():
+                future.exception()
+
+
+# --- source files ---
+
+
+class _SourceHashes:
+    """SHA-256 of the files that hold experts, kept beside the output until the conversion is complete."""
+
+    def __init__(self, source: Checkpoint, writer: PackedWriter) -> None:
+        self._source = source
+        self._writer = writer
+        self._state = writer.load_source_state()
+        self._recorded: dict[str, str] = writer.manifest.get("source_sha256") or {
+            file: entry["sha256"] for file, entry in self._state.items()
+        }
+        self._stopped = False
+        self._files = sorted({file for layer in source.layers for file in source.files(layer)})
+
+    def _stat(self, file: str) -> tuple[int, int]:
+        status = (self._source.folder / file).stat()
+        return status.st_size, status.st_mtime_ns
+
+    def check_recorded(self) -> None:
+        """Refuse to mix layers of two sources: every file hashed before must still be the same."""
+        for file, digest in self._recorded.items():
+            entry = self._state.get(file)
+            if entry is not None and (entry["bytes"], entry["mtime_ns"]) == self._stat(file):
+                continue
+            if self._hash(file) != digest:
+                raise ValueError(
+                    f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give another "
+                    f"output folder, or delete this one."
+                )
+            self._remember(file, digest)
+
+    def missing(self, layers: list[int]) -> list[str]:
+        """Files without a hash, those of the given layers first, in the order they are needed."""
+        order = [file for layer in layers for file in self._source.files(layer)]
+        return [file for file in dict.fromkeys(order + self._files) if file not in self._state]
+
+    def hash_file(self, file: str) -> None:
+        """Hash one file and keep the result; returns early once stopped."""
+        digest = self._hash(file)
+        if digest is not None:
+            self._remember(file, digest)
+
+    def _remember(self, file: str, digest: str) -> None:
+        size, mtime_ns = self._stat(file)
+        self._state[file] = {"bytes": size, "mtime_ns": mtime_ns, "sha256": digest}
+        self._writer.store_source_state(self._state)
+
+    def _hash(self, file: str) -> str | None:
+        digest = hashlib.sha256()
+        with open(self._source.folder / file, "rb") as data:
+            while chunk := data.read(_HASH_CHUNK):
+                if self._stopped:
+                    return None
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def stop(self) -> None:
+        """End hashing at the next chunk."""
+        self._stopped = True
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of every file."""
+        return {file: self._state[file]["sha256"] for file in self._files}
+
+
+def _copy_files(source: Path, output: Path) -> dict[str, str]:
+    copied = {}
+    for name in _COPIED:
+        path = source / name
+        if path.exists():
+            data = path.read_bytes()
+            write_atomically(output / name, data)
+            shutil.copymode(path, output / name)
+            copied[name] = hashlib.sha256(data).hexdigest()
+    return copied
+
+
+def _summary(writer: PackedWriter, resumed: int, source_bytes: int) -> ConvertResult:
+    errors = []
+    total = 0
+    for layer, entry in writer.manifest["layers"].items():
+        for name, tensor in entry["tensors"].items():
+            errors.append((tensor["relative_error"], f"layer {layer} {name}"))
+            total += tensor["bytes"]
+    worst, name = max(errors)
+    layers = writer.manifest["moe_layers"]
+    logger.debug("layers with experts: %s", describe_layers(layers))
+    return ConvertResult(
+        layers=len(layers),
+        resumed_layers=resumed,
+        packed_bytes=total,
+        source_bytes=source_bytes,
+        mean_error=sum(error for error, _ in errors) / len(errors),
+        worst_error=worst,
+        worst_tensor=name,
+    )

@@ -1,0 +1,313 @@
+"""Fills the experts of a layer from a checkpoint or from a folder of converted experts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from kt_kernel.checkpoint import Checkpoint, resolve_folder
+from kt_kernel.config import MoEConfig
+from kt_kernel.experts import CpuExperts, packed_bytes
+from kt_kernel.methods import Method
+from kt_kernel.packed_folder import MANIFEST, PackedFolder, is_packed_folder, read_manifest
+from kt_kernel.progress import Progress
+
+logger = logging.getLogger("kt_kernel.loader")
+
+# Source bytes quantized by one call of the pool: enough to keep every thread busy, little beside a layer.
+_BATCH_BYTES = 128 << 20
+
+
+class ExpertSource(Protocol):
+    """Where experts come from."""
+
+    folder: Path
+    layout: str
+
+    def num_experts(self) -> int:
+        """Logical experts of the model."""
+
+    def check(self, config: MoEConfig) -> None:
+        """Refuse, with one sentence, a model that this source does not fit."""
+
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes to read for one expert of a layer."""
+
+    def prefetch(self, layer: int, expert: int) -> None:
+        """Let the kernel read an expert ahead."""
+
+    def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
+        """Load ``logical[i]`` into ``slots[i]``."""
+
+    def release(self, layer: int, expert: int) -> None:
+        """Give the pages of an expert back."""
+
+
+class CheckpointSource:
+    """Experts of an ordinary checkpoint, quantized and packed while they are loaded."""
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        self.folder = folder
+        self.layout = method.layout
+        self.checkpoint = Checkpoint(folder)
+
+    def num_experts(self) -> int:
+        return self.checkpoint.sizes.num_experts
+
+    def check(self, config: MoEConfig) -> None:
+        sizes = self.checkpoint.sizes
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(sizes, key) != getattr(config, key):
+                raise ValueError(
+                    f"the checkpoint {self.folder} has {key} {getattr(sizes, key)}, but the model being served has "
+                    f"{getattr(config, key)}; give the checkpoint of the served model."
+                )
+        _check_num_experts(self.folder, sizes.num_experts, config)
+        self.checkpoint.check_layer(config.layer_idx)
+
+    def expert_bytes(self, layer: int) -> int:
+        return self.checkpoint.expert_bytes(layer)
+
+    def prefetch(self, layer: int, expert: int) -> None:
+        self.checkpoint.prefetch(layer, expert)
+
+    def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
+        weights = [_one_dtype(*self.checkpoint.expert(layer, expert)) for expert in logical]
+        try:
+            experts.load_experts(slots, [w[0] for w in weights], [w[1] for w in weights], [w[2] for w in weights])
+        except RuntimeError as error:
+            raise ValueError(
+                f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
+            ) from error
+
+    def release(self, layer: int, expert: int) -> None:
+        self.checkpoint.release(layer, expert)
+
+
+class PackedSource:
+    """Experts of a converted folder, copied to the nodes that own them."""
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        self.folder = folder
+        # The method before the files: a wrong --kt-method is the likelier mistake.
+        found = read_manifest(folder)["method"]
+        if found != method.name:
+            raise ValueError(
+                f"{folder} was converted for method {found}, but method {method.name} was asked for; give "
+                f"--kt-method {found} or convert again."
+            )
+        self.packed = PackedFolder(folder)
+        self.layout = self.packed.layout
+
+    def num_experts(self) -> int:
+        return self.packed.model["num_experts"]
+
+    def check(self, config: MoEConfig) -> None:
+        _check_num_experts(self.folder, self.num_experts(), config)
+        w13_bytes, w2_bytes = packed_bytes(
+            self.layout, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size
+        )
+        self.packed.check_sizes(
+            config.layer_idx,
+            num_experts=self.num_experts(),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            w13_bytes=w13_bytes,
+            w2_bytes=w2_bytes,
+        )
+
+    def expert_bytes(self, layer: int) -> int:
+        return self.packed.expert_bytes(layer)
+
+    def prefetch(self, layer: int, expert: int) -> None:
+        self.packed.prefetch(layer, expert)
+
+    def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
+        pairs = [self.packed.expert(layer, expert) for expert in logical]
+        experts.load_packed(slots, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    def release(self, layer: int, expert: int) -> None:
+        self.packed.release(layer, expert)
+
+
+def _check_num_experts(folder: Path, found: int, config: MoEConfig) -> None:
+    # More physical slots than logical experts are redundant copies (SGLang's expert location); fewer cannot be.
+    if config.num_experts < found:
+        raise ValueError(
+            f"{folder} has {found} experts a layer, but the model being served has {config.num_experts}; give the "
+            f"weights of the served model."
+        )
+
+
+def _one_dtype(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if gate.dtype == up.dtype == down.dtype:
+        return gate, up, down
+    return gate.float(), up.float(), down.float()
+
+
+_sources: dict[tuple[str, str], tuple[tuple, ExpertSource]] = {}
+_sources_lock = threading.Lock()
+
+
+def _fingerprint(folder: Path) -> tuple:
+    """Changes when the folder's contents were replaced."""
+    names = ("config.json", "model.safetensors.index.json", "model.safetensors", MANIFEST)
+    stats = []
+    for name in names:
+        try:
+            status = (folder / name).stat()
+            stats.append((status.st_mtime_ns, status.st_size))
+        except OSError:
+            stats.append(None)
+    return tuple(stats)
+
+
+def open_source(weight_path: str | Path, method: Method) -> ExpertSource:
+    """Open and index a weight path; the same object for every layer of a model.
+
+    Parameters
+    ----------
+    weight_path : str or Path
+        Folder of a Hugging Face checkpoint, a model id, or a folder of converted experts.
+    method : Method
+        Decides the layout of a checkpoint's experts; must be that of a converted folder.
+
+    Raises
+    ------
+    ValueError
+        What is wrong with it and what would be right, in one sentence.
+    """
+    folder = resolve_folder(weight_path)
+    key = (str(folder.resolve()), method.name)
+    with _sources_lock:
+        fingerprint = _fingerprint(folder)
+        cached = _sources.get(key)
+        if cached is not None and cached[0] == fingerprint:
+            return cached[1]
+        source: ExpertSource
+        if is_packed_folder(folder):
+            source = PackedSource(folder, method)
+        else:
+            _refuse_foreign(folder)
+            source = CheckpointSource(folder, method)
+        _sources[key] = (fingerprint, source)
+        return source
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if any(folder.glob("_layer_*")):
+        raise ValueError(
+            f"{folder} holds experts converted by another program (_layer_* folders); convert the original checkpoint "
+            f"with scripts/convert_cpu_weights.py."
+        )
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds GGUF files, which kt_kernel does not read yet; give a safetensors checkpoint."
+        )
+
+
+def close_sources() -> None:
+    """Forget every opened weight path; mapped files are closed with their last view."""
+    with _sources_lock:
+        _sources.clear()
+
+
+class _LoadingReport:
+    """One progress over all layers that are going to be loaded: they are announced when they are made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._announced = 0
+        self._progress: Progress | None = None
+
+    def announce(self) -> None:
+        with self._lock:
+            self._announced += 1
+
+    def begin_layer(self, layer_bytes: int) -> Progress:
+        with self._lock:
+            if self._progress is None:
+                layers = max(self._announced, 1)
+                self._progress = Progress(
+                    "loading CPU experts", total_bytes=layers * layer_bytes, total_layers=layers, logger=logger
+                )
+            return self._progress
+
+    def finish_layer(self, layer: int) -> None:
+        with self._lock:
+            progress = self._progress
+            if progress is None:
+                return
+            progress.finish_layer(layer)
+            if progress.done_layers >= progress.total_layers:
+                self._end()
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        self._progress = None
+        self._announced = 0
+
+
+_report = _LoadingReport()
+
+
+def announce_layer() -> None:
+    """Count a layer whose weights will be loaded, so that progress knows how far it is."""
+    _report.announce()
+
+
+def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: list[int]) -> None:
+    """Load every expert that lives in ``experts``.
+
+    Memory: the packed layer plus a few experts of the source (``_BATCH_BYTES``); pages of the source are given back
+    as soon as they were packed.
+
+    Parameters
+    ----------
+    experts : CpuExperts
+        The layer to fill.
+    source : ExpertSource
+        From :func:`open_source`; :meth:`ExpertSource.check` must have passed.
+    physical_to_logical : list of int
+        Slot p holds the model's expert ``physical_to_logical[p]``.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        A weight that is NaN or infinite, a broken file.
+    """
+    layer = experts.config.layer_idx
+    slots = experts.expert_ids
+    size = source.expert_bytes(layer)
+    progress = _report.begin_layer(size * len(slots))
+    step = max(1, min(_BATCH_BYTES // max(size, 1), 64))
+    batches = [slots[start : start + step] for start in range(0, len(slots), step)]
+    try:
+        for index, batch in enumerate(batches):
+            logical = [physical_to_logical[slot] for slot in batch]
+            if index == 0:
+                _prefetch(source, layer, logical)
+            if index + 1 < len(batches):
+                _prefetch(source, layer, [physical_to_logical[slot] for slot in batches[index + 1]])
+            source.fill(experts, batch, layer, logical)
+            for expert in logical:
+                source.release(layer, expert)
+            progress.add(size * len(batch))
+    except BaseException:
+        _report.abandon()
+        raise
+    _report.finish_layer(layer)
+
+
+def _prefetch(source: ExpertSource, layer: int, experts: list[int]) -> None:
+    for expert in experts:
+        source.prefetch(layer, expert)

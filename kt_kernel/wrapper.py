@@ -1,0 +1,460 @@
+"""KTMoEWrapper: what stock SGLang and its fork construct and call, one per MoE layer. Thin over ``experts.py``.
+
+``submit_forward`` copies its inputs, queues the forward and returns; while the CPU computes, the GPU works on its own
+experts; ``sync_forward`` waits and returns the CPU's share of the output.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_kernel.config import EngineConfig, MoEConfig, is_count
+from kt_kernel.experts import CpuExperts, get_engine
+from kt_kernel.methods import get_method
+
+logger = logging.getLogger("kt_kernel")
+
+_HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_warned: set[str] = set()
+
+
+def _warn_once(key: str, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning("%s", message)
+
+
+class KTMoEWrapper:
+    """The routed experts of one MoE layer that are computed on the CPU.
+
+    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = topk_ids[t, s]``, over slots
+    whose expert is neither -1 nor marked in ``gpu_experts_mask``
+
+    Stock SGLang passes ``num_gpu_experts``, its fork ``gpu_experts_mask``; the mask wins.
+
+    Parameters
+    ----------
+    layer_idx : int
+        Index of the layer in the model, dense layers counted.
+    num_experts : int
+        Experts the ids name, those on the GPU included.
+    num_experts_per_tok : int
+        Experts a token is sent to.
+    hidden_size, moe_intermediate_size : int
+        gate and up are ``[moe_intermediate_size, hidden_size]``.
+    gpu_experts_mask : Tensor, optional
+        ``[num_experts]``, bool, CPU: True = on the GPU, skipped here. Copied; the attribute of the same name may be
+        changed in place and is read at every forward.
+    cpuinfer_threads : int, optional
+        Threads over all nodes; None: ``KT_NUM_THREADS``, else the usable physical cores.
+    threadpool_count : int, optional
+        NUMA nodes; None: all. More than there are: clamped, with a warning.
+    weight_path : str, optional
+        Folder of a checkpoint or of converted experts; needed by :meth:`load_weights` only.
+    chunked_prefill_size : int, optional
+        Not needed: scratch grows to the largest batch seen.
+    max_deferred_experts_per_token : int, optional
+        Accepted; deferral is not used yet.
+    method : str, optional
+        AMXINT8, AMXINT4 or BF16; None: AMXINT4.
+    numa_nodes : sequence of int, optional
+        Node ids, one per pool.
+    num_gpu_experts : int, optional
+        Without a mask: experts 0 .. num_gpu_experts - 1 are on the GPU.
+    mode : str
+        ``"inference"``. The lora_*, max_cache_depth, group_size, zero_point, full_weight_grad and cpu_save parameters
+        of fine-tuning are accepted and have no effect.
+    swiglu_limit, swiglu_alpha : float
+        Must be 0: only ``silu(gate) * up`` is supported so far.
+
+    Raises
+    ------
+    TypeError
+        A keyword this version does not know.
+    ValueError
+        A value out of range: one sentence.
+    """
+
+    _capture_batch_sizes: list[int] = []
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: torch.Tensor | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | None = None,
+        chunked_prefill_size: int | None = None,
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = None,
+        method: str | None = "AMXINT4",
+        numa_nodes: Sequence[int] | None = None,
+        mode: str = "inference",
+        num_gpu_experts: int | None = 0,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        max_cache_depth: int = 1,
+        group_size: int = 128,
+        zero_point: bool = True,
+        full_weight_grad: bool = False,
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            names = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+            raise TypeError(
+                f"KTMoEWrapper does not know {names}; this SGLang wants something that kt_kernel cannot do yet, so use "
+                f"a newer kt_kernel or leave the option that sets it out."
+            )
+        if mode != "inference":
+            raise ValueError(f"mode {mode!r} is not supported; kt_kernel computes mode 'inference' only.")
+        for name, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):
+            if value:
+                raise ValueError(f"{name} is {value}; kt_kernel supports only silu(gate) * up so far, with {name} = 0.")
+        self.config = MoEConfig(
+            layer_idx=layer_idx,
+            num_experts=num_experts,
+            top_k=num_experts_per_tok,
+            hidden_size=hidden_size,
+            intermediate_size=moe_intermediate_size,
+        )
+        self._method = get_method(method)
+        self.method = self._method.name
+        self.mode = mode
+        self.layer_idx = layer_idx
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.hidden_size = hidden_size
+        self.moe_intermediate_size = moe_intermediate_size
+        self.weight_path = weight_path
+        self.chunked_prefill_size = chunked_prefill_size
+        self.gpu_experts_mask = self._make_mask(gpu_experts_mask, num_gpu_experts)
+        self.num_gpu_experts = int(self.gpu_experts_mask.sum())
+        self.max_deferred_experts_per_token = self._check_deferred(max_deferred_experts_per_token)
+        self.cpu_infer = get_engine(EngineConfig.resolve(cpuinfer_threads, threadpool_count, numa_nodes))
+        self.cpuinfer_threads = self.cpu_infer.num_threads
+        self.threadpool_count = self.cpu_infer.num_nodes
+        self.moe: CpuExperts | None = None
+        self._tickets: deque[tuple[torch.Tensor, torch.Size, torch.dtype]] = deque()
+        self._hosted = torch.zeros(num_experts, dtype=torch.bool)
+        self._checked_mask_version = -1
+        if weight_path is not None:
+            from kt_kernel.loader import announce_layer
+
+            announce_layer()
+
+    # --- construction ---
+
+    def _make_mask(self, mask: torch.Tensor | None, num_gpu_experts: int | None) -> torch.Tensor:
+        experts = self.num_experts
+        if mask is not None:
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or list(mask.shape) != [experts]:
+                found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask)
+                raise ValueError(f"gpu_experts_mask is {found}; it must be a bool tensor of shape [{experts}].")
+            if mask.device.type != "cpu":
+                raise ValueError(f"gpu_experts_mask is on {mask.device}; it must be on the CPU.")
+            return mask.detach().clone().contiguous()
+        count = 0 if num_gpu_experts is None else num_gpu_experts
+        if not is_count(count) or not 0 <= count <= experts:
+            raise ValueError(f"num_gpu_experts is {count!r}; it must be an integer from 0 to num_experts = {experts}.")
+        result = torch.zeros(experts, dtype=torch.bool)
+        result[:count] = True
+        return result
+
+    def _check_deferred(self, value: int | None) -> int:
+        count = 0 if value is None else value
+        if not is_count(count) or not 0 <= count <= self.num_experts_per_tok:
+            raise ValueError(
+                f"max_deferred_experts_per_token is {count!r}; it must be an integer from 0 to num_experts_per_tok = "
+                f"{self.num_experts_per_tok}."
+            )
+        if count:
+            _warn_once(
+                "deferred",
+                f"max_deferred_experts_per_token = {count} is not used yet: every expert is computed in its own layer.",
+            )
+        return count
+
+    # --- weights ---
+
+    def load_weights(self, physical_to_logical_map: torch.Tensor | None = None) -> None:
+        """Load this layer's experts from ``weight_path``; returns when they are packed.
+
+        Experts marked in ``gpu_experts_mask`` at this moment take no memory here.
+
+        Parameters
+        ----------
+        physical_to_logical_map : Tensor, optional
+            ``[num_experts]``, int64, CPU: id p computes the model's expert ``map[p]``; None: the identity.
+
+        Raises
+        ------
+        ValueError
+            No weight path, a folder or map that does not fit; one sentence.
+        """
+        from kt_kernel import loader
+
+        if self.weight_path is None:
+            raise ValueError(f"layer {self.layer_idx} was made without weight_path; pass the folder of its weights.")
+        source = loader.open_source(Path(self.weight_path), self._method)
+        source.check(self.config)
+        order = self._check_map(physical_to_logical_map, source.num_experts())
+        experts = self._new_experts(source.layout)
+        loader.load_layer(experts, source, order)
+        self._adopt(experts)
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        physical_to_logical_map_cpu: torch.Tensor | None = None,
+    ) -> None:
+        """Quantize and pack this layer's experts from tensors. Nothing is written to ``weight_path``.
+
+        Parameters
+        ----------
+        gate_proj, up_proj : Tensor
+            ``[E, moe_intermediate_size, hidden_size]``, bf16, fp16 or fp32, CPU.
+        down_proj : Tensor
+            ``[E, hidden_size, moe_intermediate_size]``.
+        physical_to_logical_map_cpu : Tensor, optional
+            As in :meth:`load_weights`.
+
+        Raises
+        ------
+        ValueError
+            Wrong shapes, types, devices or map; one sentence.
+        """
+        rows, columns = self.moe_intermediate_size, self.hidden_size
+        shapes = {"gate_proj": (rows, columns), "up_proj": (rows, columns), "down_proj": (columns, rows)}
+        num_logical = gate_proj.shape[0] if gate_proj.dim() == 3 else 0
+        for (name, shape), tensor in zip(shapes.items(), (gate_proj, up_proj, down_proj), strict=True):
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU.")
+            if tensor.dtype not in _HIDDEN_DTYPES or tensor.dtype != gate_proj.dtype:
+                raise ValueError(
+                    f"{name} is {tensor.dtype}; gate_proj, up_proj and down_proj must all be bf16, fp16 or fp32."
+                )
+            if list(tensor.shape) != [num_logical, *shape] or not 0 < num_logical <= self.num_experts:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}; it must be [{self.num_experts}, {shape[0]}, {shape[1]}]."
+                )
+        order = self._check_map(physical_to_logical_map_cpu, num_logical)
+        experts = self._new_experts(self._method.layout)
+        for start in range(0, len(experts.expert_ids), 8):
+            slots = experts.expert_ids[start : start + 8]
+            experts.load_experts(
+                slots,
+                [gate_proj[order[slot]] for slot in slots],
+                [up_proj[order[slot]] for slot in slots],
+                [down_proj[order[slot]] for slot in slots],
+            )
+        self._adopt(experts)
+
+    def _check_map(self, mapping: torch.Tensor | None, num_logical: int) -> list[int]:
+        if mapping is None:
+            mapping = torch.arange(self.num_experts, dtype=torch.int64)
+        if not isinstance(mapping, torch.Tensor) or mapping.dtype != torch.int64:
+            found = mapping.dtype if isinstance(mapping, torch.Tensor) else type(mapping).__name__
+            raise ValueError(f"physical_to_logical_map is {found}; it must be an int64 tensor.")
+        if mapping.device.type != "cpu":
+            raise ValueError(f"physical_to_logical_map is on {mapping.device}; it must be on the CPU.")
+        if list(mapping.shape) != [self.num_experts]:
+            raise ValueError(
+                f"physical_to_logical_map has shape {list(mapping.shape)}; it must be [{self.num_experts}], one entry "
+                f"per expert id."
+            )
+        order: list[int] = mapping.tolist()
+        for slot, logical in enumerate(order):
+            if not 0 <= logical < num_logical:
+                fused = ""
+                if self.num_experts > num_logical:
+                    fused = " (a shared expert fused into the routed ones? pass --disable-shared-experts-fusion)"
+                raise ValueError(
+                    f"physical_to_logical_map[{slot}] is {logical}, but the weights have experts 0-{num_logical - 1}"
+                    f"{fused}."
+                )
+        if len(set(order)) != num_logical:
+            missing = sorted(set(range(num_logical)) - set(order))[0]
+            why = "repeats an expert" if self.num_experts == num_logical else "leaves an expert out"
+            raise ValueError(f"physical_to_logical_map {why}: no id computes expert {missing} of the model.")
+        return order
+
+    def _new_experts(self, layout: str) -> CpuExperts:
+        if self._tickets:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has {len(self._tickets)} submitted forwards; sync them before loading weights."
+            )
+        if self.moe is not None:
+            self.moe.close()
+            self.moe = None
+        hosted = (~self.gpu_experts_mask).nonzero().flatten().tolist()
+        return CpuExperts(self.config, layout=layout, engine=self.cpu_infer, expert_ids=hosted)
+
+    def _adopt(self, experts: CpuExperts) -> None:
+        self.moe = experts
+        self._hosted = torch.zeros(self.num_experts, dtype=torch.bool)
+        self._hosted[experts.expert_ids] = True
+        self._checked_mask_version = -1
+
+    # --- forward ---
+
+    def submit_forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None = None,
+    ) -> None:
+        """Queue a forward; the inputs are copied before this returns and may be changed right after.
+
+        Several forwards may be submitted before the first is synced; :meth:`sync_forward` returns them in order.
+
+        Parameters
+        ----------
+        hidden_states : Tensor
+            ``[..., hidden_size]``, bf16, fp16 or fp32, CPU.
+        topk_ids : Tensor
+            ``[num_tokens, num_experts_per_tok]``, any integer type, CPU; -1 = no expert.
+        topk_weights : Tensor
+            Like topk_ids, a float type.
+        cuda_stream : int, optional
+            0 or None for CPU tensors.
+
+        Raises
+        ------
+        ValueError
+            A wrong shape, type or device.
+        RuntimeError
+            No weights, or an expert that is neither on the GPU nor loaded.
+        """
+        hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
+        ticket = self._ready().submit(hidden, ids, weights, skip=self.gpu_experts_mask)
+        self._tickets.append((ticket, hidden.shape, hidden.dtype))
+
+    def sync_forward(self, hidden_states: torch.Tensor, cuda_stream: int | None = None) -> torch.Tensor:
+        """Wait for the oldest submitted forward.
+
+        Parameters
+        ----------
+        hidden_states : Tensor
+            Of the shape and dtype that was submitted; not read.
+        cuda_stream : int, optional
+            0 or None for CPU tensors.
+
+        Returns
+        -------
+        Tensor
+            ``[num_tokens, hidden_size]`` in hidden_states' dtype, fresh: the caller may keep or change it.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing was submitted, or what went wrong in the forward.
+        """
+        if not self._tickets:
+            raise RuntimeError(f"sync_forward of layer {self.layer_idx} was called without submit_forward before.")
+        self._check_device("hidden_states", hidden_states, cuda_stream)
+        ticket, shape, dtype = self._tickets[0]
+        if hidden_states.dtype != dtype or hidden_states.numel() != shape.numel():
+            raise ValueError(
+                f"sync_forward of layer {self.layer_idx} was given {hidden_states.dtype} {list(hidden_states.shape)}, "
+                f"but {dtype} {list(shape)} was submitted."
+            )
+        self._tickets.popleft()
+        return CpuExperts.sync(ticket, hidden_states.reshape(shape))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None = None,
+    ) -> torch.Tensor:
+        """Arguments of :meth:`submit_forward`, result of :meth:`sync_forward`."""
+        hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
+        return self._ready().forward(hidden, ids, weights, skip=self.gpu_experts_mask)
+
+    def _ready(self) -> CpuExperts:
+        if self.moe is None:
+            raise RuntimeError(f"layer {self.layer_idx} has no weights yet; call load_weights first.")
+        # The mask is checked when torch has seen it change; an expert that is used although it was never loaded is
+        # found by the library in any case.
+        version = self.gpu_experts_mask._version
+        if version != self._checked_mask_version:
+            absent = ~(self.gpu_experts_mask | self._hosted)
+            if absent.any():
+                expert = int(absent.nonzero()[0])
+                raise RuntimeError(
+                    f"expert {expert} of layer {self.layer_idx} is not on the GPU and was not loaded here, because "
+                    f"gpu_experts_mask named it when the weights were loaded; load the weights again."
+                )
+            self._checked_mask_version = version
+        return self.moe
+
+    def _check_device(self, name: str, tensor: torch.Tensor, cuda_stream: int | None) -> None:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {tensor.device}; this version of kt_kernel takes CPU tensors only, tensors on a GPU "
+                f"come with a later one."
+            )
+        if cuda_stream:
+            raise ValueError(f"cuda_stream is {cuda_stream}, but {name} is a CPU tensor; pass 0 or None.")
+
+    def _check_inputs(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, cuda_stream: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        for name, tensor in (("hidden_states", hidden), ("topk_ids", ids), ("topk_weights", weights)):
+            self._check_device(name, tensor, cuda_stream)
+        size, top_k = self.hidden_size, self.num_experts_per_tok
+        if hidden.dim() < 1 or hidden.shape[-1] != size:
+            raise ValueError(f"hidden_states has shape {list(hidden.shape)}; its last dimension must be {size}.")
+        if hidden.dtype not in _HIDDEN_DTYPES:
+            raise ValueError(f"hidden_states is {hidden.dtype}; it must be bf16, fp16 or fp32.")
+        if hidden.dim() != 2 or not hidden.is_contiguous():
+            hidden = hidden.reshape(hidden.numel() // size, size).contiguous()
+        tokens = hidden.shape[0]
+        for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+            if tensor.dim() < 1 or tensor.shape[-1] != top_k or tensor.numel() != tokens * top_k:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{tokens}, {top_k}].")
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise ValueError(f"topk_ids is {ids.dtype}; it must be an integer type.")
+        if weights.dtype not in _WEIGHT_DTYPES:
+            raise ValueError(f"topk_weights is {weights.dtype}; it must be a float type.")
+        if ids.dtype != torch.int32:
+            ids = ids.to(torch.int64)
+        shape = (tokens, top_k)
+        return hidden, ids.reshape(shape), weights.to(torch.float32).reshape(shape)
+
+    # --- what SGLang calls around CUDA graphs ---
+
+    @staticmethod
+    def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
+        """Remember the batch sizes of SGLang's CUDA graphs; the last call wins. CPU tensors need no buffers."""
+        sizes = [int(size) for size in capture_bs]
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"capture batch sizes are {sizes}; each must be at least 1.")
+        KTMoEWrapper._capture_batch_sizes = sizes
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        """The sizes last set."""
+        return list(KTMoEWrapper._capture_batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Drop cached buffers; results of CPU forwards are fresh tensors, so there are none."""
