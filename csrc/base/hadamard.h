@@ -1,5 +1,5 @@
-// The scalar Walsh-Hadamard rotation: what RowwiseOps::rotate computes, bit for bit. Not for ISA objects: it has inline
-// functions.
+// The scalar Walsh-Hadamard rotation: what RowwiseOps::rotate computes, bit for bit. Not for ISA
+// objects: it has inline functions.
 #pragma once
 
 #include <cmath>
@@ -7,9 +7,13 @@
 
 namespace kt {
 
-// In place, for each block of `block` columns: x = H x / sqrt(block), H the Sylvester-Hadamard matrix of order `block`.
-// Butterflies with distance 1, 2, 4, ..., block / 2: (u, v) -> (u + v, u - v), each result one rounded fp32 operation;
-// at the end one multiplication by float(1 / sqrt(block)). The transform is symmetric and its own inverse.
+// In place, for each block of `block` columns: x = H x / sqrt(block), H the Sylvester-Hadamard
+// matrix of order `block`. Butterflies with distance 1, 2, 4, ..., block / 2:
+//
+//   (u, v) -> (u + v, u - v), each result one rounded fp32 operation
+//
+// and at the end one multiplication by float(1 / sqrt(block)). The transform is its own inverse.
+//
 // Requires  block a power of two that divides n; block 0 or 1: x is left as it is.
 inline void hadamard_rotate(float* x, int64_t n, int64_t block) {
   if (block <= 1) return;

@@ -1,7 +1,8 @@
 // Four columns side by side in one vector: the arithmetic of quantize.cpp. Not for ISA objects.
 //
-// The lanes of a vector are columns of the panel and k runs through memory, so every sum over k has one order and the
-// bits do not depend on how wide the machine's vectors are. GCC vector types and SSE: every x86-64 has them.
+// The lanes of a vector are columns of the panel and k runs through memory, so every sum over k has
+// one order and the bits do not depend on how wide the machine's vectors are. GCC vector types and
+// SSE: every x86-64 has them.
 #pragma once
 
 #include <xmmintrin.h>
@@ -32,18 +33,22 @@ void store_lanes(V value, void* to) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// Intrinsics, as GCC 12 makes a comparison and three logical operations of a vector `a < b ? a : b`.
+// Intrinsics: of a vector `a < b ? a : b` GCC 12 makes a comparison and three logical operations.
 inline F4 min_lanes(F4 a, F4 b) { return _mm_min_ps(a, b); }
 inline F4 max_lanes(F4 a, F4 b) { return _mm_max_ps(a, b); }
 inline F4 clamp_lanes(F4 value, F4 low, F4 high) { return min_lanes(max_lanes(value, low), high); }
+// Lanes of a where the comparison holds (-1), of b elsewhere (0).
+inline F4 select_lanes(I4 condition, F4 a, F4 b) {
+  return floats_of((condition & bits_of(a)) | (~condition & bits_of(b)));
+}
 inline F4 abs_lanes(F4 value) { return floats_of(bits_of(value) & 0x7fffffff); }
 
-// Adding 1.5 * 2^23 leaves round_to_nearest_even(value) in the low mantissa bits, for |value| < 2^22.
+// Both round to nearest even, |value| < 2^22: adding 1.5 * 2^23 leaves the integer in the low
+// mantissa bits.
 constexpr float kRoundingMagic = 12582912.0f;
 constexpr int32_t kRoundingMagicBits = 0x4b400000;
 inline F4 round_lanes(F4 value) { return (value + kRoundingMagic) - kRoundingMagic; }
-// The integer of a value that round_lanes has rounded.
-inline I4 integers_of(F4 rounded) { return bits_of(rounded + kRoundingMagic) - kRoundingMagicBits; }
+inline I4 integers_of(F4 value) { return bits_of(value + kRoundingMagic) - kRoundingMagicBits; }
 
 // fp32 rounded to bf16 (nearest even), as fp32; finite values only.
 inline F4 round_to_bf16(F4 value) {

@@ -16,8 +16,8 @@ namespace {
 constexpr int kColumns = 64;
 constexpr int kStepBytes = kColumns * 4;  // one k-step of a panel: four lines
 
-// Calls body(k, column, word) for the 32-bit word of every k-step (codes_per_word of k) and column of a panel part of
-// `count` k. Blocks of k keep the lines in cache while the columns go by.
+// Calls body(k, column, word) for the 32-bit word of every k-step (codes_per_word of k) and column
+// of a panel part of `count` k. Blocks of k keep the lines in cache while the columns go by.
 template <typename Byte, typename Body>
 void for_each_word(Byte* part, int64_t count, int codes_per_word, Body&& body) {
   constexpr int64_t kBlock = 64;
@@ -43,14 +43,16 @@ void check_codes(const int8_t* codes, int64_t padded_k, int low, int high) {
     int64_t k = 0;
     while (row[k] >= low && row[k] <= high) ++k;
     KT_CHECK(false, "code " << int{row[k]} << " at row " << column << ", column " << k
-                            << " of the panel is outside " << low << ".." << high << " of the layout");
+                            << " of the panel is outside " << low << ".." << high
+                            << " of the layout");
   }
 }
 
 void check_scales(const float* scales, int64_t num_groups, float limit) {
   for (int64_t i = 0; i < kColumns * num_groups; ++i) {
-    KT_CHECK(std::abs(scales[i]) <= limit, "scale " << scales[i] << " at row " << i / num_groups << ", group "
-                                                    << i % num_groups << " of the panel must be finite");
+    KT_CHECK(std::abs(scales[i]) <= limit, "scale " << scales[i] << " at row " << i / num_groups
+                                                    << ", group " << i % num_groups
+                                                    << " of the panel must be finite");
   }
 }
 
@@ -69,7 +71,8 @@ void pack_int8(int64_t padded_k, const int8_t* codes, const float* scales, uint8
   std::memcpy(tail + sizeof compensation, scales, kColumns * sizeof(float));
 }
 
-void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const float* scales, uint8_t* dst) {
+void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const float* scales,
+               uint8_t* dst) {
   const int64_t padded_k = layout.padded_k(k);
   const int64_t group_size = layout.effective_group_size(k);
   const int64_t num_groups = layout.num_groups(k);
@@ -80,7 +83,8 @@ void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const
     const int64_t count = std::min(group_size, padded_k - begin);
     for_each_word(dst, count, 8, [&](int64_t k_in_group, int column, uint8_t* word) {
       const int8_t* const code = codes + column * padded_k + begin + k_in_group;
-      for (int j = 0; j < 4; ++j) word[j] = static_cast<uint8_t>((code[j] + 8) | ((code[4 + j] + 8) << 4));
+      for (int j = 0; j < 4; ++j)
+        word[j] = static_cast<uint8_t>((code[j] + 8) | ((code[4 + j] + 8) << 4));
     });
     dst += count / 8 * kStepBytes;
     for (int column = 0; column < kColumns; ++column) {
@@ -91,7 +95,8 @@ void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const
   }
 }
 
-void unpack_int4(const PackedLayout& layout, int64_t k, const uint8_t* panel, int8_t* codes, float* scales) {
+void unpack_int4(const PackedLayout& layout, int64_t k, const uint8_t* panel, int8_t* codes,
+                 float* scales) {
   const int64_t padded_k = layout.padded_k(k);
   const int64_t group_size = layout.effective_group_size(k);
   const int64_t num_groups = layout.num_groups(k);
@@ -121,34 +126,42 @@ const void* row_at(const void* matrix, DType dtype, int64_t row, int64_t k) {
 
 }  // namespace
 
-void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales, uint8_t* dst) {
+void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales,
+                uint8_t* dst) {
   const int64_t padded_k = layout.padded_k(k);
   switch (layout.code) {
-    case DType::kInt8: return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
-    case DType::kInt4: return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
+    case DType::kInt8:
+      return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
+    case DType::kInt4:
+      return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
     case DType::kBFloat16:
       return for_each_word(dst, padded_k, 2, [&](int64_t first, int column, uint8_t* word) {
         std::memcpy(word, static_cast<const uint16_t*>(codes) + column * padded_k + first, 4);
       });
-    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default:
+      KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
   }
 }
 
-void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, void* codes, float* scales) {
+void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, void* codes,
+                  float* scales) {
   const int64_t padded_k = layout.padded_k(k);
   switch (layout.code) {
     case DType::kInt8:
       for_each_word(panel, padded_k, 4, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<int8_t*>(codes) + column * padded_k + first, word, 4);
       });
-      std::memcpy(scales, panel + padded_k * kColumns + kColumns * sizeof(int32_t), kColumns * sizeof(float));
+      std::memcpy(scales, panel + padded_k * kColumns + kColumns * sizeof(int32_t),
+                  kColumns * sizeof(float));
       return;
-    case DType::kInt4: return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
+    case DType::kInt4:
+      return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
     case DType::kBFloat16:
       return for_each_word(panel, padded_k, 2, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<uint16_t*>(codes) + column * padded_k + first, word, 4);
       });
-    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default:
+      KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
   }
 }
 
@@ -156,8 +169,10 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
   const int64_t padded_k = layout.padded_k(k);
   const int64_t num_groups = layout.num_groups(k);
   const int64_t group_size = layout.effective_group_size(k);
-  const auto codes = std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(kColumns * padded_k));
-  const auto scales = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kColumns * num_groups));
+  const auto codes =
+      std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(kColumns * padded_k));
+  const auto scales =
+      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kColumns * num_groups));
   const auto row = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(padded_k));
   unpack_panel(layout, k, panel, codes.get(), scales.get());
   for (int column = 0; column < kColumns; ++column) {
@@ -168,7 +183,8 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
       for (int64_t group = 0; group < num_groups; ++group) {
         const float scale = scales[column * num_groups + group];
         const int64_t end = std::min(padded_k, (group + 1) * group_size);
-        for (int64_t i = group * group_size; i < end; ++i) row[i] = static_cast<float>(code[i]) * scale;
+        for (int64_t i = group * group_size; i < end; ++i)
+          row[i] = static_cast<float>(code[i]) * scale;
       }
       hadamard_rotate(row.get(), padded_k, layout.rotation_block(k));
     }
@@ -176,8 +192,8 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
   }
 }
 
-PanelRows w13_panel_rows(const void* gate, const void* up, DType dtype, int64_t intermediate_size, int64_t k,
-                         int64_t p) {
+PanelRows w13_panel_rows(const void* gate, const void* up, DType dtype, int64_t intermediate_size,
+                         int64_t k, int64_t p) {
   constexpr int kHalf = kColumns / 2;
   KT_CHECK(p >= 0 && p < num_w13_panels(intermediate_size),
            "w13 panel " << p << " is outside 0.." << num_w13_panels(intermediate_size) - 1);
@@ -193,7 +209,8 @@ PanelRows w13_panel_rows(const void* gate, const void* up, DType dtype, int64_t 
 }
 
 PanelRows matrix_panel_rows(const void* w, DType dtype, int64_t n, int64_t k, int64_t p) {
-  KT_CHECK(p >= 0 && p < ceil_div(n, kColumns), "panel " << p << " is outside 0.." << ceil_div(n, kColumns) - 1);
+  KT_CHECK(p >= 0 && p < ceil_div(n, kColumns),
+           "panel " << p << " is outside 0.." << ceil_div(n, kColumns) - 1);
   PanelRows rows;
   rows.dtype = dtype;
   rows.k = k;

@@ -34,12 +34,14 @@ int take_number(std::string_view& text) {
 
 // Why a layout cannot be, or null.
 const char* layout_fault(const PackedLayout& layout) {
-  if (layout.code != DType::kInt8 && layout.code != DType::kInt4 && layout.code != DType::kBFloat16) {
+  if (layout.code != DType::kInt8 && layout.code != DType::kInt4 &&
+      layout.code != DType::kBFloat16) {
     return "codes are int8, int4 or bf16";
   }
   if (layout.group_size != 0) {
     if (layout.code != DType::kInt4) return "only int4 has groups";
-    if (layout.group_size < 32 || layout.group_size % 32 != 0 || layout.group_size > kMaxGroupSize) {
+    if (layout.group_size < 32 || layout.group_size % 32 != 0 ||
+        layout.group_size > kMaxGroupSize) {
       return "the group size is a multiple of 32, at most 65536";
     }
   }
@@ -57,8 +59,9 @@ const char* layout_fault(const PackedLayout& layout) {
 
 std::string PackedLayout::name() const {
   const char* const fault = layout_fault(*this);
-  KT_CHECK(fault == nullptr, "no layout has code " << dtype_name(code) << ", group size " << group_size
-                                                   << " and rotation " << max_rotation << ": " << fault);
+  KT_CHECK(fault == nullptr, "no layout has code " << dtype_name(code) << ", group size "
+                                                   << group_size << " and rotation " << max_rotation
+                                                   << ": " << fault);
   std::string text = dtype_name(code);
   if (group_size != 0) text.append("g").append(std::to_string(group_size));
   if (code == DType::kInt8) text += "_n64k4";
@@ -92,7 +95,8 @@ PackedLayout PackedLayout::parse(const std::string& name) {
   const char* const fault = known ? layout_fault(layout) : nullptr;
   KT_CHECK(fault == nullptr, "unknown packed layout \"" << name << "\": " << fault << kKnownForms);
   // leading zeros, "g0", "r0", other versions and anything after them do not print back
-  KT_CHECK(known && layout.name() == name, "unknown packed layout \"" << name << "\"" << kKnownForms);
+  KT_CHECK(known && layout.name() == name,
+           "unknown packed layout \"" << name << "\"" << kKnownForms);
   return layout;
 }
 
@@ -109,15 +113,21 @@ int64_t PackedLayout::num_panels(int64_t n) const {
 int64_t PackedLayout::panel_bytes(int64_t k) const {
   const int64_t columns = padded_k(k) * kColumns;
   switch (code) {
-    case DType::kInt8: return columns + kColumns * int64_t{sizeof(int32_t) + sizeof(float)};
-    case DType::kInt4: return columns / 2 + num_groups(k) * kColumns * int64_t{sizeof(uint16_t)};
-    case DType::kBFloat16: return columns * int64_t{sizeof(uint16_t)};
-    default: break;
+    case DType::kInt8:
+      return columns + kColumns * int64_t{sizeof(int32_t) + sizeof(float)};
+    case DType::kInt4:
+      return columns / 2 + num_groups(k) * kColumns * int64_t{sizeof(uint16_t)};
+    case DType::kBFloat16:
+      return columns * int64_t{sizeof(uint16_t)};
+    default:
+      break;
   }
   throw Error(std::string("no packed layout has codes of ") + dtype_name(code), __FILE__, __LINE__);
 }
 
-int64_t PackedLayout::matrix_bytes(int64_t n, int64_t k) const { return num_panels(n) * panel_bytes(k); }
+int64_t PackedLayout::matrix_bytes(int64_t n, int64_t k) const {
+  return num_panels(n) * panel_bytes(k);
+}
 
 int PackedLayout::num_groups(int64_t k) const {
   return static_cast<int>(ceil_div(padded_k(k), effective_group_size(k)));

@@ -1,5 +1,6 @@
 #include "format/quantize.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <memory>
@@ -11,17 +12,19 @@ namespace kt {
 namespace {
 
 constexpr int kColumns = 64;
-constexpr int kStepBytes = kColumns * 4;    // one k-step of a panel: four lines
-constexpr int kLoadColumns = 256;           // k of one piece of four rows while it is transposed
-constexpr int kSumColumns = 64;             // k of one fp32 partial sum; those are added in fp64
-constexpr float kSmallestAmax = 0x1p-100f;  // rows and groups below are zeros, as RowwiseOps::quantize has it
+constexpr int kStepBytes = kColumns * 4;  // one k-step of a panel: four lines
+constexpr int kLoadColumns = 256;         // k of one piece of four rows while it is transposed
+constexpr int kSumColumns = 64;           // k of one fp32 partial sum; those are added in fp64
+// Rows and groups below are zeros, as RowwiseOps::quantize has it.
+constexpr float kSmallestAmax = 0x1p-100f;
 
-// Largest |w| that is taken, as fp32 bits. Codes: 2^50, so that no square of a rotated weight overflows.
-// bf16: the largest fp32 that does not round to infinity.
+// Largest |w| that is taken, as fp32 bits. Codes: 2^50, so that no square of a rotated weight
+// overflows. bf16: the largest fp32 that does not round to infinity.
 constexpr int32_t kLargestQuantized = 0x58800000;
 constexpr int32_t kLargestBf16 = 0x7f7f7fff;
 
-// dst[i] = fp32 value of src[i]; returns whether any |value| has bits above `largest` (NaN and infinity have).
+// dst[i] = fp32 value of src[i]; returns whether any |value| has bits above `largest` (NaN and
+// infinity have).
 bool convert_row(const float* src, int64_t count, int32_t largest, float* dst) {
   int32_t over = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -42,7 +45,8 @@ bool convert_row(const uint16_t* src, DType dtype, int64_t count, int32_t larges
     return over != 0;
   }
   for (int64_t i = 0; i < count; ++i) {
-    // fp16_to_float without branches: a subnormal is put under the exponent of 2^-14, which is then taken off
+    // fp16_to_float without branches: a subnormal is put under the exponent of 2^-14, which is then
+    // taken off
     const uint32_t sign = (uint32_t{src[i]} & 0x8000u) << 16;
     const uint32_t magnitude = (uint32_t{src[i]} & 0x7fffu) << 13;
     const uint32_t normal = magnitude + 0x38000000u;
@@ -65,40 +69,46 @@ float source_value(const PanelRows& rows, int row, int64_t column) {
   int64_t column = begin;
   while (std::abs(source_value(rows, row, column)) <= limit) ++column;
   std::ostringstream sentence;
-  sentence << "weight " << source_value(rows, row, column) << " at row " << row << ", column " << column
-           << " of the panel cannot be packed: it must be finite and at most " << limit
+  sentence << "weight " << source_value(rows, row, column) << " at row " << row << ", column "
+           << column << " of the panel cannot be packed: it must be finite and at most " << limit
            << " in magnitude; repair the checkpoint";
   throw Error(sentence.str(), __FILE__, __LINE__);
 }
 
-// x[i] = columns 4 quad .. 4 quad + 3 at k = i, for i < padded_k; zeros for padded rows and padded k.
-void load_quad(const PanelRows& rows, int quad, int64_t padded_k, int32_t largest, F4* x) {
+// Converts k in [begin, begin + count) of one row to fp32.
+void load_row(const PanelRows& rows, int row, int64_t begin, int64_t count, int32_t largest,
+              float* dst) {
+  const void* const src = rows.row[row];
+  const bool over =
+      rows.dtype == DType::kFloat32
+          ? convert_row(static_cast<const float*>(src) + begin, count, largest, dst)
+          : convert_row(static_cast<const uint16_t*>(src) + begin, rows.dtype, count, largest, dst);
+  if (over) refuse_value(rows, row, begin, largest);
+}
+
+// x[i] = columns 4 quad .. 4 quad + 3 at k = i, for i < padded_k; zeros for what is padded.
+// Not inlined: GCC 12.2 crashes (pass slp) on the inlined function when AVX-512 flags are added.
+[[gnu::noinline]] void load_quad(const PanelRows& rows, int quad, int64_t padded_k, int32_t largest,
+                                 F4* x) {
   alignas(64) float piece[kLanes][kLoadColumns];
   for (int64_t begin = 0; begin < padded_k; begin += kLoadColumns) {
     const int64_t padded = std::min<int64_t>(kLoadColumns, padded_k - begin);
-    const int64_t count = std::min(padded, rows.k - begin);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = quad * kLanes + lane;
-      const void* const src = rows.row[row];
-      const int64_t present = src == nullptr ? 0 : count;
-      bool over = false;
-      if (rows.dtype == DType::kFloat32) {
-        if (present > 0) over = convert_row(static_cast<const float*>(src) + begin, present, largest, piece[lane]);
-      } else if (present > 0) {
-        over = convert_row(static_cast<const uint16_t*>(src) + begin, rows.dtype, present, largest, piece[lane]);
-      }
-      if (over) refuse_value(rows, row, begin, largest);
-      for (int64_t i = present; i < padded; ++i) piece[lane][i] = 0.0f;
+      const int64_t count = rows.row[row] == nullptr ? 0 : std::min(padded, rows.k - begin);
+      if (count > 0) load_row(rows, row, begin, count, largest, piece[lane]);
+      std::fill(piece[lane] + count, piece[lane] + padded, 0.0f);
     }
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const F4 four[4] = {load_lanes(&piece[0][i]), load_lanes(&piece[1][i]), load_lanes(&piece[2][i]),
-                          load_lanes(&piece[3][i])};
+      const F4 four[4] = {load_lanes(&piece[0][i]), load_lanes(&piece[1][i]),
+                          load_lanes(&piece[2][i]), load_lanes(&piece[3][i])};
       transpose_lanes(four, x + begin + i);
     }
   }
 }
 
-// hadamard_rotate (base/hadamard.h) of four columns, bit for bit: the same butterflies, two distances in one pass.
+// hadamard_rotate (base/hadamard.h) of four columns, bit for bit: the same butterflies, two
+// distances in one pass.
 void rotate_quad(F4* x, int64_t padded_k, int block) {
   if (block <= 1) return;
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
@@ -117,7 +127,8 @@ void rotate_quad(F4* x, int64_t padded_k, int block) {
         F4* const a = part + i;
         for (int j = 0; j < distance; ++j) {
           const F4 u = a[j] + a[j + distance], v = a[j] - a[j + distance];
-          const F4 s = a[j + 2 * distance] + a[j + 3 * distance], t = a[j + 2 * distance] - a[j + 3 * distance];
+          const F4 s = a[j + 2 * distance] + a[j + 3 * distance];
+          const F4 t = a[j + 2 * distance] - a[j + 3 * distance];
           a[j] = u + s;
           a[j + distance] = v + t;
           a[j + 2 * distance] = u - s;
@@ -166,15 +177,16 @@ F4 largest_magnitude(const F4* x, int64_t count) {
 void quantize_quad_int8(const F4* x, int64_t padded_k, int quad, uint8_t* dst, LaneSums* sums) {
   const F4 zero = all_lanes(0.0f);
   const F4 amax = largest_magnitude(x, padded_k);
-  const F4 scale = amax >= kSmallestAmax ? amax / 127.0f : zero;
-  const F4 inverse = amax >= kSmallestAmax ? 127.0f / amax : zero;
+  const F4 scale = select_lanes(amax >= kSmallestAmax, amax / 127.0f, zero);
+  const F4 inverse = select_lanes(amax >= kSmallestAmax, 127.0f / amax, zero);
   I4 code_sum = all_lanes(0);
   uint8_t* line = dst + quad * kLanes * 4;
   for (int64_t k = 0; k < padded_k; k += 4, line += kStepBytes) {
     I4 code[4];
-    for (int i = 0; i < 4; ++i) code[i] = bits_of(x[k + i] * inverse + kRoundingMagic) - kRoundingMagicBits;
+    for (int i = 0; i < 4; ++i) code[i] = integers_of(x[k + i] * inverse);
     code_sum += (code[0] + code[1]) + (code[2] + code[3]);
-    store_lanes((code[0] & 255) | ((code[1] & 255) << 8) | ((code[2] & 255) << 16) | (code[3] << 24), line);
+    store_lanes(
+        (code[0] & 255) | ((code[1] & 255) << 8) | ((code[2] & 255) << 16) | (code[3] << 24), line);
   }
   uint8_t* const tail = dst + padded_k * kColumns + quad * kLanes * 4;
   store_lanes(code_sum * -128, tail);
@@ -184,22 +196,25 @@ void quantize_quad_int8(const F4* x, int64_t padded_k, int quad, uint8_t* dst, L
   }
 }
 
-// The scales that are tried for a group: |scale| = max|w| / t for t = first, first * ratio, ..., with both signs.
+// The scales that are tried for a group: |scale| = max|w| / t for t = first, first * ratio, ...,
+// with both signs.
 struct ScaleGrid {
   int64_t group_size;  // the grid serves groups of at most this many weights
   float first;
   float ratio;
   int count;
 };
-// The longer a group, the more it gains by clipping its largest weight. Mean squared error above that of the best of
-// 200 scales, on normal, Laplace and Student t weights: at most 0.3 % for groups, 0.5 % for whole rows.
+// The longer a group, the more it gains by clipping its largest weight. Mean squared error above
+// that of the best of 200 scales, on normal, Laplace and Student t weights: at most 0.3 % for
+// groups, 0.5 % for whole rows.
 constexpr ScaleGrid kScaleGrids[] = {
     {32, 7.10f, 1.055f, 5},  {64, 7.30f, 1.059f, 5},   {128, 7.80f, 1.057f, 5},
     {256, 8.20f, 1.055f, 6}, {1024, 9.00f, 1.085f, 8}, {INT64_MAX, 9.70f, 1.105f, 13},
 };
 
-// sum w q and sum q^2 of one choice of codes. With the best scale sum w q / sum q^2 for these codes the squared error
-// is sum w^2 - (sum w q)^2 / sum q^2, so codes are compared by the last term: gain().
+// sum w q and sum q^2 of one choice of codes. With the best scale sum w q / sum q^2 for these codes
+// the squared error is sum w^2 - (sum w q)^2 / sum q^2, so codes are compared by the last term:
+// gain().
 struct CodeSums {
   F4 wq = all_lanes(0.0f);
   F4 qq = all_lanes(0.0f);
@@ -213,19 +228,25 @@ struct CodeSums {
   F4 gain() const { return wq * scale(); }
 };
 
+inline F4 inverse_or_zero(F4 scale) {
+  const F4 zero = all_lanes(0.0f);
+  return select_lanes(scale != zero, 1.0f / scale, zero);
+}
+
 // Codes -8..7 of w at 1 / scale, still as floats.
 inline F4 int4_codes(F4 w, F4 inverse) {
   return clamp_lanes(round_lanes(w * inverse), all_lanes(-8.0f), all_lanes(7.0f));
 }
 
-// Searches the grid on w / amax (in `unit`). Returns the refitted signed scale of the best codes, times amax.
+// Searches the grid on w / amax (in `unit`). Returns the refitted signed scale of the best codes,
+// times amax.
 F4 search_scale(const F4* unit, int64_t count, F4 amax) {
   const ScaleGrid* grid = kScaleGrids;
   while (count > grid->group_size) ++grid;
   F4 best_gain = all_lanes(-1.0f), best_scale = all_lanes(0.0f);
   const auto consider = [&](const CodeSums& sums, float sign) {
     const F4 gain = sums.gain();
-    best_scale = gain > best_gain ? sums.scale() * sign : best_scale;
+    best_scale = select_lanes(gain > best_gain, sums.scale() * sign, best_scale);
     best_gain = max_lanes(gain, best_gain);
   };
   float steps = grid->first;
@@ -247,10 +268,10 @@ F4 search_scale(const F4* unit, int64_t count, F4 amax) {
 F4 int4_scale(const F4* w, int64_t count, F4* unit) {
   const F4 zero = all_lanes(0.0f);
   const F4 amax = largest_magnitude(w, count);
-  const F4 inverse_amax = amax >= kSmallestAmax ? 1.0f / amax : zero;
+  const F4 inverse_amax = select_lanes(amax >= kSmallestAmax, 1.0f / amax, zero);
   for (int64_t k = 0; k < count; ++k) unit[k] = w[k] * inverse_amax;
   const F4 searched = round_to_bf16(search_scale(unit, count, amax));
-  const F4 inverse = searched != zero ? 1.0f / searched : zero;
+  const F4 inverse = inverse_or_zero(searched);
   CodeSums sums;
   F4 error = zero;
   for (int64_t k = 0; k < count; ++k) {
@@ -260,23 +281,22 @@ F4 int4_scale(const F4* w, int64_t count, F4* unit) {
     error += difference * difference;
   }
   const F4 refit = round_to_bf16(sums.scale());
-  const F4 refit_inverse = refit != zero ? 1.0f / refit : zero;
+  const F4 refit_inverse = inverse_or_zero(refit);
   F4 refit_error = zero;
   for (int64_t k = 0; k < count; ++k) {
     const F4 difference = int4_codes(w[k], refit_inverse) * refit - w[k];
     refit_error += difference * difference;
   }
-  return refit_error < error ? refit : searched;
+  return select_lanes(refit_error < error, refit, searched);
 }
 
-void quantize_quad_int4(const F4* x, int64_t padded_k, int64_t group_size, int quad, F4* unit, uint8_t* dst,
-                        LaneSums* sums) {
-  const F4 zero = all_lanes(0.0f);
+void quantize_quad_int4(const F4* x, int64_t padded_k, int64_t group_size, int quad, F4* unit,
+                        uint8_t* dst, LaneSums* sums) {
   for (int64_t begin = 0; begin < padded_k; begin += group_size) {
     const F4* const w = x + begin;
     const int64_t count = std::min(group_size, padded_k - begin);
     const F4 scale = int4_scale(w, count, unit);
-    const F4 inverse = scale != zero ? 1.0f / scale : zero;
+    const F4 inverse = inverse_or_zero(scale);
     uint8_t* line = dst + quad * kLanes * 4;
     for (int64_t k = 0; k < count; k += 8, line += kStepBytes) {
       I4 word = all_lanes(0);
@@ -310,15 +330,18 @@ void quantize_quad_bf16(const F4* x, int64_t padded_k, int quad, uint8_t* dst, L
 
 }  // namespace
 
-void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst, QuantizationError* error) {
-  KT_CHECK(rows.dtype == DType::kFloat32 || rows.dtype == DType::kBFloat16 || rows.dtype == DType::kFloat16,
+void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst,
+                    QuantizationError* error) {
+  KT_CHECK(rows.dtype == DType::kFloat32 || rows.dtype == DType::kBFloat16 ||
+               rows.dtype == DType::kFloat16,
            "weights to pack are fp32, bf16 or fp16, got " << dtype_name(rows.dtype));
   const int64_t padded_k = layout.padded_k(rows.k);
   const int64_t group_size = layout.effective_group_size(rows.k);
   const int block = layout.rotation_block(rows.k);
   const int32_t largest = layout.code == DType::kBFloat16 ? kLargestBf16 : kLargestQuantized;
   const int64_t unit_columns = layout.code == DType::kInt4 ? group_size : 0;
-  const auto buffer = std::make_unique_for_overwrite<F4[]>(static_cast<size_t>(padded_k + unit_columns));
+  const auto buffer =
+      std::make_unique_for_overwrite<F4[]>(static_cast<size_t>(padded_k + unit_columns));
   F4* const x = buffer.get();
   QuantizationError total;
   for (int quad = 0; quad < kColumns / kLanes; ++quad) {
@@ -327,10 +350,17 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
     load_quad(rows, quad, padded_k, largest, x);
     rotate_quad(x, padded_k, block);
     switch (layout.code) {
-      case DType::kInt8: quantize_quad_int8(x, padded_k, quad, dst, wanted); break;
-      case DType::kInt4: quantize_quad_int4(x, padded_k, group_size, quad, x + padded_k, dst, wanted); break;
-      case DType::kBFloat16: quantize_quad_bf16(x, padded_k, quad, dst, wanted); break;
-      default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+      case DType::kInt8:
+        quantize_quad_int8(x, padded_k, quad, dst, wanted);
+        break;
+      case DType::kInt4:
+        quantize_quad_int4(x, padded_k, group_size, quad, x + padded_k, dst, wanted);
+        break;
+      case DType::kBFloat16:
+        quantize_quad_bf16(x, padded_k, quad, dst, wanted);
+        break;
+      default:
+        KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       total.error += sums.error[lane];
