@@ -1,0 +1,110 @@
+// What the AVX-512 GEMM kernels share: accumulator types, rows, the split into register tiles. No
+// other ISA's file includes it. Everything is in an anonymous namespace, so no instance of it can
+// be linked into baseline code.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/kernel.h"
+
+namespace kt {
+namespace {
+
+// int32 accumulators. Not __m512i: g++ keeps a second copy of such an accumulator around each
+// dot-product intrinsic and spills every tile of more than 16 of them, at half the speed.
+typedef int32_t Int32x16 __attribute__((vector_size(64)));
+typedef int16_t Int16x32 __attribute__((vector_size(64)));
+
+// Columns of one 64-byte line, and bytes of the four lines of a k-step.
+constexpr int kLineColumns = 16;
+constexpr int kStepBytes = 256;
+
+inline Int32x16 as_int32(__m512i bits) { return reinterpret_cast<Int32x16>(bits); }
+inline Int16x32 as_int16(__m512i bits) { return reinterpret_cast<Int16x32>(bits); }
+inline __m512i as_bits(Int16x32 value) { return reinterpret_cast<__m512i>(value); }
+inline __m512i as_bits(Int32x16 value) { return reinterpret_cast<__m512i>(value); }
+
+// Vector operators stand where g++ 12's intrinsic reads an "undefined" vector and so warns (GCC bug
+// 105593).
+inline __m512 to_float(Int32x16 value) { return __builtin_convertvector(value, __m512); }
+inline __m512i shift_left_16(__m512i lanes) { return as_bits(as_int32(lanes) << 16); }
+
+inline int32_t row_index(const GemmArgs& args, int i) {
+  return args.row_idx != nullptr ? args.row_idx[i] : i;
+}
+
+inline const uint8_t* row_pointer(const GemmArgs& args, int i) {
+  return static_cast<const uint8_t*>(args.a) + row_index(args, i) * args.a_stride_bytes;
+}
+
+// 16 bf16 scales, one line of columns, as fp32.
+inline __m512 load_bf16_scales(const uint8_t* source) {
+  const __m256i bf16 = _mm256_load_si256(reinterpret_cast<const __m256i*>(source));
+  return _mm512_castsi512_ps(shift_left_16(_mm512_maskz_cvtepu16_epi32(0xffff, bf16)));
+}
+
+// The same 4 bytes in each of 16 lanes.
+inline __m512i broadcast_4_bytes(const uint8_t* source) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, source, sizeof bytes);
+  return _mm512_set1_epi32(bytes);
+}
+
+// One register tile of work: rows [row, row + rows) of args, number `index` of `count` tiles of the
+// panel.
+struct RowBlock {
+  int row;
+  int index;
+  int count;
+};
+
+// Cuts args.m rows into the fewest blocks of at most kMaxRows, of nearly equal size (7 = 4 + 3),
+// and calls Tile::run<rows>(args, block) for each.
+template <typename Tile, int kMaxRows>
+inline void for_each_row_block(const GemmArgs& args) {
+  static_assert(kMaxRows >= 1 && kMaxRows <= 6);
+  RowBlock block = {0, 0, (args.m + kMaxRows - 1) / kMaxRows};
+  for (; block.index < block.count; ++block.index) {
+    const int rows = (args.m - block.row) / (block.count - block.index);
+    switch (rows) {
+      case 1:
+        Tile::template run<1>(args, block);
+        break;
+      case 2:
+        if constexpr (kMaxRows >= 2) Tile::template run<2>(args, block);
+        break;
+      case 3:
+        if constexpr (kMaxRows >= 3) Tile::template run<3>(args, block);
+        break;
+      case 4:
+        if constexpr (kMaxRows >= 4) Tile::template run<4>(args, block);
+        break;
+      case 5:
+        if constexpr (kMaxRows >= 5) Tile::template run<5>(args, block);
+        break;
+      default:
+        if constexpr (kMaxRows >= 6) Tile::template run<6>(args, block);
+        break;
+    }
+    block.row += rows;
+  }
+}
+
+// Where the block fetches the next panel into the L2 from, or null. The first two blocks of a panel
+// bring in two of the four lines of a k-step each, so all of it is there when its turn comes. With
+// a single block the caches' own prefetch of one ascending stream is faster: two or four lines a
+// k-step cost up to 40 % at 5 and 6 rows (measured on Zen4).
+inline const uint8_t* prefetch_source(const GemmArgs& args, const RowBlock& block) {
+  const bool worthwhile = block.count >= 2 && block.index < 2 && args.next_panel != nullptr;
+  return worthwhile ? args.next_panel + 128 * block.index : nullptr;
+}
+
+inline void prefetch_two_lines(const uint8_t* source) {
+  _mm_prefetch(reinterpret_cast<const char*>(source), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(source + 64), _MM_HINT_T1);
+}
+
+}  // namespace
+}  // namespace kt

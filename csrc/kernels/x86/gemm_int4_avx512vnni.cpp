@@ -1,0 +1,174 @@
+// int4 GEMM on AVX-512 VNNI: weights as unsigned codes + 8, activations signed. The excess of 8
+// leaves as -8 * group_sum, the first value of each group's integer sum. After a group, its sum is
+// folded into the fp32 result with the scale.
+#include "kernels/x86/gemm_avx512.h"
+
+namespace kt {
+namespace {
+
+// kRows rows of activations and the results of kRows x kLines * 16 columns.
+template <int kRows, int kLines>
+struct Tile {
+  const uint8_t* a[kRows];
+  __m512 total[kRows][kLines];
+  Int32x16 sum[kRows][kLines];
+
+  inline void start(const GemmArgs& args, int row, const int32_t* (&group_sum)[kRows]) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      a[i] = row_pointer(args, row + i);
+      group_sum[i] = args.a_group_sum + row_index(args, row + i) * args.a_group_sum_stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) total[i][j] = _mm512_setzero_ps();
+    }
+  }
+
+  inline void start_group(const int32_t* (&group_sum)[kRows], int64_t group) {
+    // Keeps the pointers in memory: in registers over the k-steps they drive vectors out.
+    asm volatile("" : "+m"(group_sum));
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const Int32x16 first = as_int32(_mm512_set1_epi32(-8 * group_sum[i][group]));
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) sum[i][j] = first;
+    }
+  }
+
+  // w [kLines] holds 4 k of each column.
+  inline void add(const Int32x16 (&w)[kLines], int64_t k) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i codes = broadcast_4_bytes(a[i] + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) {
+        sum[i][j] = as_int32(_mm512_dpbusd_epi32(as_bits(sum[i][j]), as_bits(w[j]), codes));
+      }
+    }
+  }
+
+  inline void fold_group(int j, __m512 scale) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+      total[i][j] = _mm512_fmadd_ps(to_float(sum[i][j]), scale, total[i][j]);
+  }
+
+  inline void store(const GemmArgs& args, int row, int first_line) const {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
+      float* c = args.c + (row + i) * args.c_stride + kLineColumns * first_line;
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j)
+        _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
+    }
+  }
+};
+
+// Reads the packed panel, 8 k in a step, low nibbles first, and all 64 columns: one ascending
+// stream. If kPrefetch, fetches two lines a step of the next panel.
+template <int kRows, bool kPrefetch>
+inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
+  Tile<kRows, 4> tile;
+  const int32_t* group_sum[kRows];
+  tile.start(args, row, group_sum);
+  const Int32x16 nibble = as_int32(_mm512_set1_epi8(0x0f));
+  const uint8_t* panel = args.panel;
+  int64_t k = 0;
+  for (int64_t group = 0; k < args.k; ++group) {
+    const int64_t k_end = k + args.group_size < args.k ? k + args.group_size : args.k;
+    tile.start_group(group_sum, group);
+    for (; k < k_end; k += 8, panel += kStepBytes) {
+      if constexpr (kPrefetch) {
+        prefetch_two_lines(next);
+        next += kStepBytes;
+      }
+      Int32x16 low[4];
+      Int32x16 high[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Int32x16 codes = as_int32(_mm512_load_si512(panel + 64 * j));
+        low[j] = codes & nibble;
+        high[j] = (codes >> 4) & nibble;
+      }
+      tile.add(low, k);
+      tile.add(high, k + 4);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) tile.fold_group(j, load_bf16_scales(panel + 32 * j));
+    panel += 2 * kPanelColumns;
+    if constexpr (kPrefetch) {
+      prefetch_two_lines(next);
+      next += 2 * kPanelColumns;
+    }
+  }
+  tile.store(args, row, 0);
+}
+
+// 3 x 64: the integer sums and the fp32 results take 24 registers, the unpacked weights of a step
+// the other 8.
+struct PackedTile {
+  template <int kRows>
+  static void run(const GemmArgs& args, const RowBlock& block) {
+    if (const uint8_t* next = prefetch_source(args, block)) {
+      run_packed<kRows, true>(args, block.row, next);
+    } else {
+      run_packed<kRows, false>(args, block.row, nullptr);
+    }
+  }
+};
+
+// Reads 32 columns of the scratch of ExpandFn: 4 k in a step, fp32 scales behind the codes. If
+// kPrefetch, fetches a line a step of the next panel, which is packed and so half as long.
+template <int kRows, bool kPrefetch>
+inline void run_expanded(const GemmArgs& args, int row, int first_line, const uint8_t* next) {
+  Tile<kRows, 2> tile;
+  const int32_t* group_sum[kRows];
+  tile.start(args, row, group_sum);
+  const uint8_t* panel = args.panel + 64 * first_line;
+  const uint8_t* scales = panel + int64_t{kPanelColumns} * args.k;
+  int64_t k = 0;
+  for (int64_t group = 0; k < args.k; ++group, scales += 4 * kPanelColumns) {
+    const int64_t k_end = k + args.group_size < args.k ? k + args.group_size : args.k;
+    tile.start_group(group_sum, group);
+    for (; k < k_end; k += 4, panel += kStepBytes) {
+      if constexpr (kPrefetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        next += 64;
+      }
+      const Int32x16 codes[2] = {as_int32(_mm512_load_si512(panel)),
+                                 as_int32(_mm512_load_si512(panel + 64))};
+      tile.add(codes, k);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) tile.fold_group(j, _mm512_load_ps(scales + 64 * j));
+  }
+  tile.store(args, row, first_line);
+}
+
+// 6 x 32: the integer sums and the fp32 results take 24 registers.
+struct ExpandedTile {
+  template <int kRows>
+  static void run(const GemmArgs& args, const RowBlock& block) {
+    if (block.index == 0 && args.next_panel != nullptr) {
+      // The two halves of the columns fetch one half of the next panel each.
+      const int64_t half_bytes = 32 * int64_t{args.k} / 2;
+      run_expanded<kRows, true>(args, block.row, 0, args.next_panel);
+      run_expanded<kRows, true>(args, block.row, 2, args.next_panel + half_bytes);
+    } else {
+      run_expanded<kRows, false>(args, block.row, 0, nullptr);
+      run_expanded<kRows, false>(args, block.row, 2, nullptr);
+    }
+  }
+};
+
+}  // namespace
+
+void gemm_s8_int4_fp32_3x64x8_avx512vnni(const GemmArgs& args) {
+  for_each_row_block<PackedTile, 3>(args);
+}
+
+void gemm_s8_int4x_fp32_6x32x4_avx512vnni(const GemmArgs& args) {
+  for_each_row_block<ExpandedTile, 6>(args);
+}
+
+}  // namespace kt

@@ -1,0 +1,81 @@
+// int8 GEMM on AVX-512 VNNI: activations as unsigned bytes (code + 128), weights signed, 6 rows x
+// 64 columns a tile.
+#include "kernels/x86/gemm_avx512.h"
+
+namespace kt {
+namespace {
+
+// c = (float(acc) * w_scale) * a_scale, in this order.
+template <int kRows>
+inline void store_tile(const GemmArgs& args, int row, const Int32x16 (&acc)[kRows][4],
+                       const uint8_t* w_scale) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
+    float* c = args.c + (row + i) * args.c_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 scaled = _mm512_mul_ps(to_float(acc[i][j]), _mm512_load_ps(w_scale + 64 * j));
+      _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(scaled, a_scale));
+    }
+  }
+}
+
+// acc[i][j] += the dot products of one k-step.
+template <int kRows>
+inline void add_step(Int32x16 (&acc)[kRows][4], const uint8_t* const (&a)[kRows],
+                     const uint8_t* panel, int64_t step) {
+  __m512i w[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) w[j] = _mm512_load_si512(panel + kStepBytes * step + 64 * j);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i codes = broadcast_4_bytes(a[i] + 4 * step);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      acc[i][j] = as_int32(_mm512_dpbusd_epi32(as_bits(acc[i][j]), codes, w[j]));
+  }
+}
+
+struct Tile {
+  template <int kRows>
+  static void run(const GemmArgs& args, const RowBlock& block) {
+    const int64_t steps = args.k / 4;
+    const uint8_t* tail = args.panel + kStepBytes * steps;
+    const uint8_t* a[kRows];
+    Int32x16 acc[kRows][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      a[i] = row_pointer(args, block.row + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) acc[i][j] = as_int32(_mm512_load_si512(tail + 64 * j));
+    }
+    if constexpr (kRows == 1) {
+      // Four accumulators alone would wait for each other, so the odd k-steps have their own;
+      // integer sums are exact.
+      Int32x16 odd[1][4] = {};
+      for (int64_t step = 0; step < steps; step += 2) {
+        add_step(acc, a, args.panel, step);
+        add_step(odd, a, args.panel, step + 1);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) acc[0][j] += odd[0][j];
+    } else if (const uint8_t* next = prefetch_source(args, block)) {
+      for (int64_t step = 0; step < steps; ++step) {
+        prefetch_two_lines(next + kStepBytes * step);
+        add_step(acc, a, args.panel, step);
+      }
+    } else {
+      for (int64_t step = 0; step < steps; ++step) add_step(acc, a, args.panel, step);
+    }
+    store_tile(args, block.row, acc, tail + 256);
+  }
+};
+
+}  // namespace
+
+void gemm_u8_int8_fp32_6x64x4_avx512vnni(const GemmArgs& args) {
+  for_each_row_block<Tile, 6>(args);
+}
+
+}  // namespace kt
