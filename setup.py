@@ -51,9 +51,19 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_ext", "-j", jobs], check=True)
+        self.write_build_info(module.parent, built_version)
+
+    def copy_extensions_to_source(self) -> None:  # pip install -e
+        import torch
+
+        super().copy_extensions_to_source()
+        self.write_build_info(ROOT / "kt_kernel", torch.__version__)
+
+    @staticmethod
+    def write_build_info(package: Path, torch_version: str) -> None:
         # Read by kt_kernel/__init__.py before the extension is loaded: a wrong torch must give a sentence, not a
         # missing symbol.
-        (module.parent / "_build_info.py").write_text(f'TORCH_VERSION = "{built_version}"\n')
+        (package / "_build_info.py").write_text(f'TORCH_VERSION = "{torch_version}"\n')
 
 
 setup(

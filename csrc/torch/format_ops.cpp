@@ -146,11 +146,17 @@ Packed dequantize_w13(const at::Tensor& packed, c10::string_view layout_name, in
 }  // namespace kt
 
 TORCH_LIBRARY_FRAGMENT(kt_kernel, m) {
-  m.def("quantize_pack(Tensor w, str layout) -> (Tensor, Tensor)", &kt::quantize_pack);
-  m.def("quantize_pack_w13(Tensor gate, Tensor up, str layout) -> (Tensor, Tensor)", &kt::quantize_pack_w13);
-  m.def("pack(Tensor codes, Tensor scales, str layout, int k) -> Tensor", &kt::pack);
-  m.def("unpack(Tensor packed, str layout, int n, int k) -> (Tensor, Tensor)", &kt::unpack);
-  m.def("dequantize(Tensor packed, str layout, int n, int k) -> Tensor", &kt::dequantize);
-  m.def("dequantize_w13(Tensor packed, str layout, int intermediate_size, int k) -> (Tensor, Tensor)",
-        &kt::dequantize_w13);
+  m.def("quantize_pack(Tensor w, str layout) -> (Tensor, Tensor)",
+        kt::composite(&kt::quantize_pack));
+  m.def("quantize_pack_w13(Tensor gate, Tensor up, str layout) -> (Tensor, Tensor)",
+        kt::composite(&kt::quantize_pack_w13));
+  m.def("pack(Tensor codes, Tensor scales, str layout, int k) -> Tensor",
+        kt::composite(&kt::pack));
+  m.def("unpack(Tensor packed, str layout, int n, int k) -> (Tensor, Tensor)",
+        kt::composite(&kt::unpack));
+  m.def("dequantize(Tensor packed, str layout, int n, int k) -> Tensor",
+        kt::composite(&kt::dequantize));
+  m.def(
+      "dequantize_w13(Tensor packed, str layout, int intermediate_size, int k) -> (Tensor, Tensor)",
+      kt::composite(&kt::dequantize_w13));
 }

@@ -209,12 +209,16 @@ std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) 
 TORCH_LIBRARY(kt_kernel, m) {
   m.def(
       "moe_forward(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
-      &kt::moe_forward);
-  m.def("submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
-        &kt::submit);
-  m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor", &kt::sync);
+      kt::composite(&kt::moe_forward));
+  m.def(
+      "submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
+      kt::composite(&kt::submit));
+  m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor",
+        kt::composite(&kt::sync));
   m.def("load_experts(int layer, int[] experts, Tensor[] gate, Tensor[] up, Tensor[] down) -> ()",
-        &kt::load_experts);
-  m.def("load_packed(int layer, int[] experts, Tensor[] w13, Tensor[] w2) -> ()", &kt::load_packed);
-  m.def("export_packed(int layer, int expert) -> (Tensor, Tensor)", &kt::export_packed);
+        kt::composite(&kt::load_experts));
+  m.def("load_packed(int layer, int[] experts, Tensor[] w13, Tensor[] w2) -> ()",
+        kt::composite(&kt::load_packed));
+  m.def("export_packed(int layer, int expert) -> (Tensor, Tensor)",
+        kt::composite(&kt::export_packed));
 }

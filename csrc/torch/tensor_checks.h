@@ -1,7 +1,9 @@
-// Checks of tensor arguments: each failure is one sentence with the name, the value got and the value wanted.
+// Checks of tensor arguments (each failure is one sentence with the name, the value got and the value wanted), and the
+// registration that makes them reachable.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #include "base/check.h"
 #include "base/dtype.h"
@@ -24,6 +26,13 @@ inline void check_cpu(const at::Tensor& tensor, const char* name) {
 
 inline void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name) {
   KT_CHECK(tensor.sizes() == shape, name << " has shape " << tensor.sizes() << "; it must be " << shape << ".");
+}
+
+// Registers an operator for every device, without a derivative, so that a tensor on a wrong device meets our checks and
+// not a missing kernel; the fake implementations in kt_kernel/ops.py serve tracing.
+template <typename Function>
+torch::CppFunction composite(Function* function) {
+  return torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function);
 }
 
 }  // namespace kt
