@@ -1,0 +1,263 @@
+"""Refusals and adjustments of the ``--kt-*`` flags, before any weight is read: one sentence each, exit code 1."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kt_kernel.checkpoint import model_sizes, read_config
+from kt_kernel.experts import packed_bytes
+from kt_kernel.integrations.sglang import memory
+from kt_kernel.loader import PackedSource, open_source
+from kt_kernel.methods import METHODS, get_method
+
+logger = logging.getLogger(__name__)
+
+SGLANG_WATCHDOG_SECONDS = 300  # SGLang's default: a forward that takes longer is taken for a hang
+WATCHDOG_SECONDS = 3000  # the first forwards of a large model on a slow host take minutes
+FLAG_DEFAULTS = {
+    "kt_method": "AMXINT4",
+    "kt_cpuinfer": None,
+    "kt_threadpool_count": 2,
+    "kt_num_gpu_experts": None,
+    "kt_max_deferred_experts_per_token": None,
+}
+
+_checked = False
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """What ``--kt-weight-path`` holds, from headers and manifest only."""
+
+    folder: Path
+    layout: str
+    num_layers: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def bytes_of(self, experts_per_layer: int, layout: str | None = None) -> int:
+        """Return the packed bytes of so many experts of every layer, in `layout` or in the source's own."""
+        one = packed_bytes(
+            layout or self.layout, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
+        )
+        return sum(one) * experts_per_layer * self.num_layers
+
+
+def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
+    """Check and adjust the parsed flags around SGLang's own handling of them.
+
+    Raises
+    ------
+    SystemExit
+        A launch that cannot work; its message is one sentence with the fix.
+    """
+    global _checked
+    if not kt_flags_given(args):
+        return original(cls, args)
+    from kt_kernel.integrations.sglang.plugin import verify_hooks
+
+    try:
+        verify_hooks()
+        source = check_flags(args)
+        adjust(args, source)
+        server_args = original(cls, args)
+        check_resolved(server_args, source)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"kt_kernel: {error}") from None
+    _checked = True
+    return server_args
+
+
+def check_server_args(_result: None, server_args: Any) -> None:
+    """Check a ``ServerArgs`` that no command line made (``sglang.Engine``).
+
+    Raises
+    ------
+    ValueError
+        A launch that cannot work.
+    """
+    if _checked or not kt_flags_given(server_args, argv=()):
+        return
+    check_resolved(server_args, check_flags(server_args))
+
+
+def kt_flags_given(args: Any, argv: Any = None) -> bool:
+    """Whether a ``--kt-*`` flag is used: one with another value than SGLang's default, or typed at all."""
+    if any(word.startswith("--kt-") for word in (sys.argv if argv is None else argv)):
+        return True
+    if args.kt_weight_path is not None:
+        return True
+    return any(getattr(args, name) != default for name, default in FLAG_DEFAULTS.items())
+
+
+def check_flags(args: Any) -> ExpertSource:
+    """Check the values of the flags against each other and against the weights' headers.
+
+    Parameters
+    ----------
+    args : Namespace or ServerArgs
+        Not changed.
+
+    Raises
+    ------
+    ValueError
+        Names the flag, its value and what is possible.
+    """
+    if args.kt_weight_path is None:
+        raise ValueError(
+            "--kt-* flags are given without --kt-weight-path, so no expert would run on the CPU; add "
+            "--kt-weight-path DIR (a bf16 checkpoint, or the output of scripts/convert_cpu_weights.py) or remove them."
+        )
+    source = expert_source(args.kt_weight_path, args.kt_method)
+    num_gpu_experts = args.kt_num_gpu_experts or 0
+    if not 0 <= num_gpu_experts <= source.num_experts:
+        raise ValueError(
+            f"--kt-num-gpu-experts is {num_gpu_experts} but the model has {source.num_experts} experts in a layer; "
+            f"give 0 to {source.num_experts}."
+        )
+    for name in ("kt_cpuinfer", "kt_threadpool_count"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1, or leave the flag out.")
+    _check_same_model(args.model_path, source)
+    return source
+
+
+def expert_source(weight_path: str, method_name: str) -> ExpertSource:
+    """Open what ``--kt-weight-path`` names, reading no weights.
+
+    Raises
+    ------
+    ValueError
+        Unknown method, nothing there that holds experts, or a folder converted for another method.
+    """
+    method = get_method(method_name)
+    try:
+        source = open_source(weight_path, method)
+    except ValueError as error:
+        raise ValueError(f"--kt-weight-path: {error}") from None
+    sizes: list[int]
+    if isinstance(source, PackedSource):
+        model = source.packed.model
+        sizes = [model[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
+        return ExpertSource(source.folder, source.layout, len(source.packed.layers), *sizes)
+    checkpoint = source.checkpoint
+    sizes = [checkpoint.sizes.num_experts, checkpoint.sizes.hidden_size, checkpoint.sizes.intermediate_size]
+    return ExpertSource(source.folder, source.layout, len(checkpoint.layers), *sizes)
+
+
+def _check_same_model(model_path: str, source: ExpertSource) -> None:
+    folder = Path(model_path).expanduser()
+    if not (folder / "config.json").is_file():
+        return  # a hub id: SGLang downloads it, and loading compares the sizes
+    served = model_sizes(folder)
+    for name in ("num_experts", "hidden_size", "intermediate_size"):
+        if getattr(served, name) != getattr(source, name):
+            raise ValueError(
+                f"--kt-weight-path {source.folder} has {name} {getattr(source, name)} but the model being served has "
+                f"{getattr(served, name)}; give the experts of the served model."
+            )
+
+
+def adjust(args: Any, source: ExpertSource) -> None:
+    """Change flags of SGLang that do not fit experts on the CPU, each with a line in the log.
+
+    Parameters
+    ----------
+    args : Namespace
+        Changed in place, before SGLang makes its read-only ``ServerArgs`` of it.
+    source : ExpertSource
+    """
+    if args.kt_num_gpu_experts is None:
+        args.kt_num_gpu_experts = 0
+    if args.kt_max_deferred_experts_per_token:
+        logger.warning(
+            "kt_kernel: --kt-max-deferred-experts-per-token %d is not used by this version; every layer computes all "
+            "its experts itself",
+            args.kt_max_deferred_experts_per_token,
+        )
+        args.kt_max_deferred_experts_per_token = 0
+    if args.watchdog_timeout == SGLANG_WATCHDOG_SECONDS:
+        args.watchdog_timeout = WATCHDOG_SECONDS
+        logger.info("kt_kernel: --watchdog-timeout raised from %d to %d s", SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS)
+    if not args.disable_shared_experts_fusion:
+        args.disable_shared_experts_fusion = True
+        if _has_shared_experts(source.folder):
+            logger.warning(
+                "kt_kernel: --disable-shared-experts-fusion is set: the shared expert is not one of the experts on "
+                "the CPU"
+            )
+
+
+def _has_shared_experts(folder: Path) -> bool:
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    return any(config.get(key) for key in ("n_shared_experts", "shared_expert_intermediate_size"))
+
+
+def check_resolved(server_args: Any, source: ExpertSource) -> None:
+    """Check what only SGLang's own handling of the flags decides.
+
+    Raises
+    ------
+    ValueError
+        An expert-parallel launch, or one that does not fit in memory.
+    """
+    if server_args.ep_size > 1:
+        raise ValueError(
+            f"--ep-size is {server_args.ep_size} but experts on the CPU are computed by one rank for all; use --ep-size "
+            "1 with --kt-weight-path."
+        )
+    for name, plain in (("moe_a2a_backend", "none"), ("enable_two_batch_overlap", False), ("enable_pdmux", False)):
+        value = getattr(server_args, name, plain)
+        if value != plain:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} does not work with experts on the CPU; remove it or the --kt-* "
+                "flags."
+            )
+    check_memory(memory_needs(server_args, source))
+
+
+def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
+    """Return the host memory the launch needs at least."""
+    import torch
+
+    num_gpu_experts = server_args.kt_num_gpu_experts or 0
+    experts = source.bytes_of(source.num_experts - num_gpu_experts)
+    model_config = server_args.get_model_config()
+    num_tokens = max(server_args.chunked_prefill_size or 0, 1024)
+    top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
+    scratch = num_tokens * top_k * (source.hidden_size + 3 * source.intermediate_size) * 4
+    if torch.cuda.is_available():
+        return memory.Needs(experts=experts, other_weights=0, kv_pool=0, scratch=scratch)
+    if num_gpu_experts:
+        experts += source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
+    pool_tokens = server_args.max_total_tokens or min(model_config.context_len, num_tokens)
+    return memory.Needs(
+        experts=experts,
+        other_weights=memory.bytes_without_experts(Path(server_args.model_path)),
+        kv_pool=pool_tokens * memory.kv_bytes_per_token(model_config),
+        scratch=scratch,
+    )
+
+
+def check_memory(needs: memory.Needs) -> None:
+    """Compare needs with what is usable.
+
+    Raises
+    ------
+    ValueError
+        GB needed, by purpose, and GB had.
+    """
+    available, total = memory.usable_memory()
+    if needs.total > available:
+        raise ValueError(
+            f"this launch needs {memory.gigabytes(needs.total)} GB of host memory ({needs.describe()}) but "
+            f"{memory.gigabytes(available)} GB of {memory.gigabytes(total)} GB are usable; use a method with fewer bits "
+            "(AMXINT4), free memory, or raise the container's limit."
+        )

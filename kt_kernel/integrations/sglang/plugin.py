@@ -1,0 +1,105 @@
+"""The hooks on SGLang: which function is changed, where, and the check that all of them took."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kt_kernel.integrations.sglang import PLATFORM_NAME, checks, kv_pool, layers, report, shared_expert
+
+WRAPPER = "sglang.srt.layers.moe.kt_ep_wrapper."
+METHOD = WRAPPER + "KTEPWrapperMethod."
+SERVER_ARGS = "sglang.srt.server_args.ServerArgs."
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
+KV_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One change of SGLang: ``kind`` is a name of SGLang's ``HookType``."""
+
+    target: str
+    kind: str
+    function: Callable
+
+
+ALL_HOSTS = (
+    Hook(SERVER_ARGS + "from_cli_args", "AROUND", checks.from_cli_args),
+    Hook(SERVER_ARGS + "check_server_args", "AFTER", checks.check_server_args),
+    Hook(WRAPPER + "create_kt_config_from_server_args", "AROUND", layers.create_kt_config),
+    Hook(METHOD + "__init__", "AFTER", layers.remember_method),
+    Hook(METHOD + "create_moe_runner", "BEFORE", layers.check_moe_runner_config),
+    Hook("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._weight_loader_impl", "AROUND", layers.load_device_expert),
+    Hook("sglang.srt.model_loader.loader._initialize_model", "AFTER", layers.check_model_was_wrapped),
+    Hook(MODEL_RUNNER + "load_model", "AFTER", report.after_load_model),
+    Hook(MODEL_RUNNER + "forward", "AFTER", report.after_forward),
+)
+
+# Upstream's methods ask for a CUDA stream; on a host without CUDA ours take their place.
+WITHOUT_CUDA = (
+    Hook(METHOD + "process_weights_after_loading", "REPLACE", layers.process_weights_after_loading),
+    Hook(METHOD + "apply", "REPLACE", layers.apply),
+)
+
+CPU_PLATFORM = (
+    Hook(KV_POOL + "_profile_available_bytes", "AROUND", kv_pool.profile_available_bytes),
+    Hook(KV_POOL + "_apply_token_constraints", "AFTER", kv_pool.cap_tokens),
+    Hook(
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        "REPLACE",
+        shared_expert.add_gated_shared_expert,
+    ),
+)
+
+
+def hooks_for_this_host() -> tuple[Hook, ...]:
+    """Return the hooks this process needs: all hosts', plus those of a host without CUDA and of our platform."""
+    import torch
+
+    hooks = ALL_HOSTS
+    if not torch.cuda.is_available():
+        hooks += WITHOUT_CUDA
+    if os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME:
+        hooks += CPU_PLATFORM
+    return hooks
+
+
+def install() -> None:
+    """Register the hooks; SGLang applies them when all plug-ins have run."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in hooks_for_this_host():
+        HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+    if os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME:
+        _register_mla_attention()
+
+
+def verify_hooks() -> None:
+    """Check that SGLang applied every hook.
+
+    Raises
+    ------
+    RuntimeError
+        Names the targets that are missing: this SGLang release has other names than the ones tested.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [hook.target for hook in hooks_for_this_host() if hook.target not in HookRegistry._patched]
+    if missing:
+        import sglang
+
+        raise RuntimeError(
+            f"kt_kernel could not hook {', '.join(missing)} of SGLang {getattr(sglang, '__version__', '?')}; "
+            "use the SGLang release that install.sh pins, or see 'Failed to apply hooks' in the log above."
+        )
+
+
+def _register_mla_attention() -> None:
+    """Give ``torch_native`` attention an MLA handler.
+
+    It has none of its own and falls to Triton's, whose prefill reads keys that an MLA pool does not hold.
+    """
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+
+    handlers.AttentionBackendRegistry.register("torch_native", lambda attn, batch: handlers.AttnForwardMethod.MLA)
