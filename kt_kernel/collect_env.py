@@ -1,0 +1,173 @@
+"""``python -m kt_kernel.collect_env [--json]``: machine, instruction sets, limits, versions, kernels; for bug reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("sglang", "transformers", "safetensors", "numpy", "triton")
+_PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def collect() -> dict[str, Any]:
+    """Everything the report shows, as plain data.
+
+    Returns
+    -------
+    dict
+        Sections ``versions``, ``machine``, ``isa``, ``topology``, ``kernels``, ``methods``, ``environment``. No user
+        names, paths or addresses.
+    """
+    import torch
+
+    from kt_kernel import __version__, _ext
+    from kt_kernel.config import ENVIRONMENT, unknown_variables
+    from kt_kernel.methods import METHODS
+
+    features = _ext.cpu_features()
+    topology = _ext.topology()
+    return {
+        "versions": {
+            "kt_kernel": __version__,
+            "torch": torch.__version__,
+            "torch built against": _ext.built_torch_version,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "distribution": _distribution(),
+            "cpu": features["cpu_name"],
+            "cpus online": os.cpu_count(),
+            "cpus of this process": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+            "transparent huge pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+            "numa balancing": _first_line("/proc/sys/kernel/numa_balancing"),
+            "proxy variables": [
+                name for name in _PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.upper())
+            ],
+        },
+        "isa": {
+            "found": features["found"],
+            "chosen": features["chosen"],
+            "tier": features["tier"],
+            "reason": features["reason"],
+        },
+        "topology": topology,
+        "kernels": {
+            "table": _ext.list_kernels(),
+            "choice": {dtype: _ext.explain_kernels(dtype) for dtype in ("int8", "int4", "bf16")},
+        },
+        "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
+        "environment": {
+            "set": {v.name: os.environ[v.name] for v in ENVIRONMENT if os.environ.get(v.name)},
+            "unknown": unknown_variables(),
+        },
+    }
+
+
+def _distribution() -> str | None:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME")
+    except OSError:
+        return None
+
+
+def _cpu_ranges(cpus: list[int]) -> str:
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and cpu == ranges[-1][1] + 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text, one fact a line."""
+    lines = []
+
+    def section(title: str, facts: dict[str, Any]) -> None:
+        lines.append(title)
+        lines.extend(f"  {name + ':':26}{_shown(value)}" for name, value in facts.items())
+
+    section("versions", report["versions"])
+    section("machine", report["machine"])
+    section("instruction sets", report["isa"])
+    topology = report["topology"]
+    section(
+        "topology and limits",
+        {
+            "usable physical cores": topology["num_cores"],
+            "CPU limit of the cgroup": f"{topology['cpu_quota']:.1f} cores" if topology["cpu_quota"] else "none",
+            "memory limit": f"{topology['memory_limit_bytes'] / 1e9:.1f} GB",
+            "memory available": f"{topology['memory_available_bytes'] / 1e9:.1f} GB",
+            "can bind memory": topology["can_bind"],
+        },
+    )
+    for node in topology["nodes"]:
+        lines.append(
+            f"  {'NUMA node ' + str(node['id']) + ':':26}{node['num_cores']} cores, CPUs {_cpu_ranges(node['cpus'])}, "
+            f"{node['memory_bytes'] / 1e9:.1f} GB{'' if node['has_memory'] else ', no memory to bind'}"
+        )
+    lines.extend(f"  warning: {warning}" for warning in topology["warnings"])
+    lines.append("kernels")
+    lines.extend(f"  {choice}" for choice in report["kernels"]["choice"].values())
+    for row in report["kernels"]["table"]:
+        lines.append(f"  {row['name']:46}{row['isa']:28}{'' if row['supported'] else 'not on this CPU'}".rstrip())
+    section("methods", {name: f"{method['layout']}: {method['is']}" for name, method in report["methods"].items()})
+    section("KT_* variables", report["environment"]["set"] or {"set": "none"})
+    lines.extend(
+        f"  warning: {name} is set, but kt_kernel has no such variable; see the table in README.md."
+        for name in report["environment"]["unknown"]
+    )
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="python -m kt_kernel.collect_env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(argv)
+    try:
+        report = collect()
+    except (ValueError, RuntimeError) as error:
+        print(f"kt_kernel cannot describe this machine: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=1) if args.json else format_report(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
