@@ -47,7 +47,9 @@ class alignas(64) ParkingWord {
     }
     num_parked_.fetch_add(1, std::memory_order_seq_cst);
     // woken for nothing, by a signal or by an earlier advance(): look again
-    while ((value = value_.load(std::memory_order_seq_cst)) == seen) futex(FUTEX_WAIT_PRIVATE, seen);
+    while ((value = value_.load(std::memory_order_seq_cst)) == seen) {
+      futex(FUTEX_WAIT_PRIVATE, seen);
+    }
     num_parked_.fetch_sub(1, std::memory_order_relaxed);
     return value;
   }

@@ -1,0 +1,233 @@
+#include "runtime/cpu_stream.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+
+namespace kt {
+namespace {
+
+using std::chrono::milliseconds;
+
+// Holds the stream's thread until it is opened.
+class Gate {
+ public:
+  void open() { open_ = true; }
+  void pass() const {
+    while (!open_) std::this_thread::sleep_for(milliseconds(1));
+  }
+
+ private:
+  std::atomic<bool> open_{false};
+};
+
+std::string error_of(CpuStream& stream, uint64_t ticket) {
+  try {
+    stream.wait(ticket);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(CpuStream, RunsJobsInOrderOnOneThread) {
+  CpuStream stream;
+  std::vector<int> order;  // plain memory: only the stream's thread writes, wait() publishes
+  std::vector<std::thread::id> threads;
+  uint64_t last = 0;
+  for (int i = 0; i < 1000; ++i) {
+    last = stream.submit([&order, &threads, i] {
+      order.push_back(i);
+      threads.push_back(std::this_thread::get_id());
+    });
+    ASSERT_EQ(last, static_cast<uint64_t>(i + 1));
+  }
+  stream.wait(last);
+  EXPECT_EQ(stream.completed(), 1000u);
+  ASSERT_EQ(order.size(), 1000u);
+  for (int i = 0; i < 1000; ++i) {
+    EXPECT_EQ(order[i], i);
+    EXPECT_EQ(threads[i], threads[0]);
+  }
+  EXPECT_NE(threads[0], std::this_thread::get_id());
+}
+
+TEST(CpuStream, SubmitReturnsBeforeTheJobRuns) {
+  CpuStream stream;
+  Gate gate;
+  std::atomic<bool> ran{false};
+  const uint64_t ticket = stream.submit([&] {
+    gate.pass();
+    ran = true;
+  });
+  const uint64_t second = stream.submit([] {});
+  EXPECT_FALSE(ran);
+  EXPECT_EQ(stream.completed(), 0u);
+  gate.open();
+  stream.wait(ticket);
+  EXPECT_TRUE(ran);
+  stream.wait(second);
+  EXPECT_EQ(stream.completed(), 2u);
+}
+
+TEST(CpuStream, WaitForOneJobDoesNotWaitForLaterOnes) {
+  CpuStream stream;
+  Gate gate;
+  const uint64_t first = stream.submit([] {});
+  const uint64_t second = stream.submit([&] { gate.pass(); });
+  stream.wait(first);
+  EXPECT_EQ(stream.completed(), 1u);
+  gate.open();
+  stream.wait(second);
+  stream.wait(first);
+}
+
+TEST(CpuStream, AnErrorIsRethrownOnceAndLaterJobsRun) {
+  CpuStream stream;
+  const uint64_t bad = stream.submit([] { throw std::runtime_error("first"); });
+  const uint64_t worse = stream.submit([] { throw std::runtime_error("second"); });
+  int value = 0;
+  const uint64_t good = stream.submit([&] { value = 5; });
+  EXPECT_EQ(error_of(stream, good), "") << "errors stay with their tickets";
+  EXPECT_EQ(value, 5);
+  EXPECT_EQ(error_of(stream, worse), "second");
+  EXPECT_EQ(error_of(stream, bad), "first");
+  EXPECT_EQ(error_of(stream, bad), "");
+  EXPECT_EQ(stream.completed(), 3u);
+}
+
+TEST(CpuStream, ATicketThatWasNeverGivenOutIsAnError) {
+  CpuStream stream;
+  EXPECT_THROW(stream.wait(0), Error);
+  EXPECT_THROW(stream.wait(1), Error);
+  stream.wait(stream.submit([] {}));
+  EXPECT_THROW(stream.wait(2), Error);
+  EXPECT_THROW(stream.submit({}), Error);
+}
+
+TEST(CpuStream, AJobThatWaitsForItselfIsAnError) {
+  CpuStream stream;
+  const uint64_t earlier = stream.submit([] {});
+  std::atomic<uint64_t> own{0};
+  const uint64_t ticket = stream.submit([&] {
+    while (own == 0) std::this_thread::yield();
+    stream.wait(earlier);
+    stream.wait(own);
+  });
+  own = ticket;
+  EXPECT_NE(error_of(stream, ticket).find("never ends"), std::string::npos);
+}
+
+TEST(CpuStream, JobsMaySubmitJobs) {
+  CpuStream stream;
+  std::atomic<uint64_t> inner{0};
+  int value = 0;
+  stream.wait(stream.submit([&] { inner = stream.submit([&] { value = 3; }); }));
+  stream.wait(inner);
+  EXPECT_EQ(value, 3);
+}
+
+TEST(CpuStream, TheDestructorRunsWhatIsQueued) {
+  Gate gate;
+  int ran = 0;
+  {
+    CpuStream stream;
+    stream.submit([&] { gate.pass(); });
+    for (int i = 0; i < 100; ++i) stream.submit([&] { ++ran; });
+    stream.submit([] { throw std::runtime_error("nobody waits for it"); });
+    gate.open();
+  }
+  EXPECT_EQ(ran, 100);
+}
+
+TEST(CpuStream, UnusedStreamsEnd) {
+  for (int i = 0; i < 50; ++i) CpuStream stream;
+}
+
+TEST(CpuStream, SeveralThreadsSubmitAndWait) {
+  CpuStream stream;
+  std::vector<int> values(400, 0);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 100; ++i) {
+        const int slot = t * 100 + i;
+        stream.wait(stream.submit([&values, slot] { values[slot] = slot; }));
+        EXPECT_EQ(values[slot], slot);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(stream.completed(), 400u);
+}
+
+TEST(CpuStream, SeveralThreadsWaitForOneJob) {
+  CpuStream stream;
+  Gate gate;
+  int value = 0;
+  std::atomic<int> errors{0};
+  const uint64_t ticket = stream.submit([&] {
+    gate.pass();
+    value = 9;
+    throw std::runtime_error("for one of them");
+  });
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      errors += error_of(stream, ticket) != "";
+      EXPECT_EQ(value, 9);
+    });
+  }
+  std::this_thread::sleep_for(milliseconds(5));
+  gate.open();
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(errors.load(), 1);
+}
+
+TEST(CpuStream, WhatAJobHoldsIsReleasedBeforeWaitReturns) {
+  CpuStream stream;
+  auto held = std::make_shared<int>(1);
+  const std::weak_ptr<int> watch = held;
+  const uint64_t ticket = stream.submit([held = std::move(held)] {});
+  stream.wait(ticket);
+  EXPECT_TRUE(watch.expired());
+}
+
+TEST(CpuStream, ThreadStartRunsFirstOnTheStreamsThread) {
+  std::thread::id start_thread;
+  CpuStream stream([&] { start_thread = std::this_thread::get_id(); });
+  std::thread::id job_thread;
+  stream.wait(stream.submit([&] { job_thread = std::this_thread::get_id(); }));
+  EXPECT_EQ(start_thread, job_thread);
+}
+
+TEST(CpuStream, AnErrorOfThreadStartIsThrownByTheConstructor) {
+  EXPECT_THROW(CpuStream stream([] { throw std::runtime_error("no"); }), std::runtime_error);
+}
+
+TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
+  const auto cpu_seconds = [] {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+  };
+  CpuStream stream;
+  const double before = cpu_seconds();
+  stream.wait(stream.submit([] { std::this_thread::sleep_for(milliseconds(200)); }));
+  std::this_thread::sleep_for(milliseconds(200));
+  // a spinning waiter would take 0.2 s
+  EXPECT_LT(cpu_seconds() - before, 0.02);
+}
+
+}  // namespace
+}  // namespace kt
