@@ -1,17 +1,19 @@
 // Measures every GEMM row of kernels.inc on one thread, against what the same machine reads and
 // computes at most.
 //
-//   bench_kernels [--filter=text] [--k=2048] [--m=1,2,4,8,16,64] [--rounds=15] [--buffer_mb=768]
-//   [--group=32]
+//   bench_kernels [--filter=text] [--k=2048] [--group=32] [--m=1,2,4,8,16,64]
+//                 [--rounds=15] [--buffer_mb=768]
 //
 // Each line is one kernel and one m (rows of activations). "stream" walks the panels of a buffer
 // far larger than the L3, in order; "hot" repeats one panel. Times are thread CPU time, so other
 // processes cost bandwidth but not turns.
-//   GB/s    bytes of packed weights / time                read%   the same / raw read of the same
-//   buffer, same round GOPS    2 * m * k * 64 / time                         peak%   the same /
-//   peak of the kernel's own instructions
-// Best and median are over rounds; each round measures raw read and every kernel once, so a slow
-// moment hits all. A result that differs from the reference row ends the run with status 1.
+//
+//   GB/s   bytes of packed weights / time     read%  of the raw read of the same buffer
+//   GOPS   2 * m * k * 64 / time              peak%  of the peak of the kernel's own instructions
+//
+// "med" is the median over rounds of the column to its left. Each round measures raw read and every
+// kernel once, so a slow moment hits all. A result that differs from the reference row ends the run
+// with status 1.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -22,6 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -464,15 +467,11 @@ Options parse(int argc, char** argv) {
       options.buffer_mb = std::atoi(value.c_str());
     } else if (name == "--m") {
       options.rows.clear();
-      for (size_t at = 0; at < value.size();
-           at = value.find(',', at) == std::string::npos ? value.size() : value.find(',', at) + 1) {
-        options.rows.push_back(std::atoi(value.c_str() + at));
-      }
+      std::istringstream list(value);
+      for (std::string m; std::getline(list, m, ',');) options.rows.push_back(std::atoi(m.c_str()));
     } else {
-      std::fprintf(
-          stderr,
-          "bench_kernels: unknown option %s; see the head of tests/bench/bench_kernels.cpp.\n",
-          argument.c_str());
+      std::fprintf(stderr, "bench_kernels: unknown option %s; see the head of its source.\n",
+                   argument.c_str());
       std::exit(2);
     }
   }

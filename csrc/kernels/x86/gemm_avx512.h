@@ -92,6 +92,22 @@ inline void for_each_row_block(const GemmArgs& args) {
   }
 }
 
+// The end of an int8 tile: c = (float(acc) * w_scale) * a_scale, in this order.
+template <int kRows>
+inline void store_int8_tile(const GemmArgs& args, int row, const Int32x16 (&acc)[kRows][4],
+                            const uint8_t* w_scale) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
+    float* c = args.c + (row + i) * args.c_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 scaled = _mm512_mul_ps(to_float(acc[i][j]), _mm512_load_ps(w_scale + 64 * j));
+      _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(scaled, a_scale));
+    }
+  }
+}
+
 // Where the block fetches the next panel into the L2 from, or null. The first two blocks of a panel
 // bring in two of the four lines of a k-step each, so all of it is there when its turn comes. With
 // a single block the caches' own prefetch of one ascending stream is faster: two or four lines a

@@ -37,16 +37,7 @@ struct Tile {
       }
     }
 
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, block.row + i)]);
-      float* c = args.c + (block.row + i) * args.c_stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512 scaled = _mm512_mul_ps(to_float(acc[i][j]), _mm512_load_ps(w_scale + 64 * j));
-        _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(scaled, a_scale));
-      }
-    }
+    store_int8_tile(args, block.row, acc, w_scale);
   }
 };
 

@@ -5,22 +5,6 @@
 namespace kt {
 namespace {
 
-// c = (float(acc) * w_scale) * a_scale, in this order.
-template <int kRows>
-inline void store_tile(const GemmArgs& args, int row, const Int32x16 (&acc)[kRows][4],
-                       const uint8_t* w_scale) {
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
-    float* c = args.c + (row + i) * args.c_stride;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512 scaled = _mm512_mul_ps(to_float(acc[i][j]), _mm512_load_ps(w_scale + 64 * j));
-      _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(scaled, a_scale));
-    }
-  }
-}
-
 // acc[i][j] += the dot products of one k-step.
 template <int kRows>
 inline void add_step(Int32x16 (&acc)[kRows][4], const uint8_t* const (&a)[kRows],
@@ -68,7 +52,7 @@ struct Tile {
     } else {
       for (int64_t step = 0; step < steps; ++step) add_step(acc, a, args.panel, step);
     }
-    store_tile(args, block.row, acc, tail + 256);
+    store_int8_tile(args, block.row, acc, tail + 256);
   }
 };
 
