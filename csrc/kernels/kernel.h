@@ -48,8 +48,14 @@ using GemmFn = void (*)(const GemmArgs&);
 // Shapes    scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
 using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
 
-// Element types of rows, numbered as kt::DType.
-//
+// Reads every 64-byte line of [data, data + bytes) once, as fast as one thread of the tier can; returns the exclusive or of
+// all 8-byte words, so that no read can be left out. bytes a multiple of 64, data 64-byte aligned.
+using ReadProbeFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
+
+// Runs `iterations` of multiply-accumulate instructions on registers only: what the GEMMs of the tier could reach at best.
+// Each iteration is the row's number of operations (two a multiply-accumulate). Returns something of the sums.
+using PeakProbeFn = uint64_t (*)(int64_t iterations);
+
 // Row operations of one tier. Same bits on every tier: each step below is one rounded fp32 operation, in this order.
 struct RowwiseOps {
   const char* name;

@@ -11,6 +11,8 @@ namespace kt {
   void symbol(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
 #define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) void symbol(const GemmArgs& args);
 #define KT_ROWWISE(symbol, isa) extern const RowwiseOps symbol;
+#define KT_READ_PROBE(symbol, isa) uint64_t symbol(const uint8_t* data, int64_t bytes);
+#define KT_PEAK_PROBE(symbol, isa, weight, operations) uint64_t symbol(int64_t iterations);
 #include "kernels/kernels.inc"
 
 namespace {
@@ -75,6 +77,41 @@ const std::vector<RowwiseKernel>& list_rowwise_kernels() {
 #include "kernels/kernels.inc"
   };
   return kernels;
+}
+
+Probes select_probes(DType weight_dtype, IsaSet isa) {
+  struct ReadRow {
+    IsaSet isa;
+    ReadProbeFn read;
+  };
+  struct PeakRow {
+    IsaSet isa;
+    DType weight_dtype;
+    int64_t operations;
+    PeakProbeFn peak;
+    const char* name;
+  };
+  static const std::vector<ReadRow> reads = {
+#define KT_READ_PROBE(symbol, isa) {isa, symbol},
+#include "kernels/kernels.inc"
+  };
+  static const std::vector<PeakRow> peaks = {
+#define KT_PEAK_PROBE(symbol, isa, weight, operations) {isa, DType::weight, operations, symbol, #symbol},
+#include "kernels/kernels.inc"
+  };
+  // int4 codes are multiplied as bytes
+  const DType multiplied = weight_dtype == DType::kInt4 ? DType::kInt8 : weight_dtype;
+  const ReadRow* read = nullptr;
+  for (const ReadRow& row : reads) {
+    if (is_supported(row.isa, isa) && (read == nullptr || IsaRank(row.isa) > IsaRank(read->isa))) read = &row;
+  }
+  const PeakRow* peak = nullptr;
+  for (const PeakRow& row : peaks) {
+    if (row.weight_dtype != multiplied || !is_supported(row.isa, isa)) continue;
+    if (peak == nullptr || IsaRank(row.isa) > IsaRank(peak->isa)) peak = &row;
+  }
+  KT_CHECK(read != nullptr && peak != nullptr, "kernels.inc has no probes for " << dtype_name(weight_dtype) << ".");
+  return {read->read, peak->peak, peak->operations, peak->name};
 }
 
 KernelSet select_kernels(DType weight_dtype, IsaSet isa) {

@@ -38,6 +38,15 @@ struct RowwiseKernel {
 };
 const std::vector<RowwiseKernel>& list_rowwise_kernels();
 
+// The limits of a host, measured by the benches: the probes of the highest feature set within `isa`.
+struct Probes {
+  ReadProbeFn read;
+  PeakProbeFn peak;               // multiply-accumulates as the kernels of `weight_dtype` do them
+  int64_t operations_per_iteration;
+  const char* peak_name;
+};
+Probes select_probes(DType weight_dtype, IsaSet isa);
+
 // Picks, for each m class, the row of the highest feature set within `isa`. Never empty: reference is always there.
 KernelSet select_kernels(DType weight_dtype, IsaSet isa);
 

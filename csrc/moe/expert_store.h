@@ -56,6 +56,8 @@ class ExpertStore {
   IndexRange node_panels(Projection projection, int node) const;
   const uint8_t* panel(Projection projection, int expert, int64_t p) const;
 
+  // The memory itself, for the read probe.
+  const std::vector<NumaArena>& arenas() const { return arenas_; }
   uint64_t bytes() const;
   PageReport pages() const;
 

@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "base/cpu_features.h"
 #include "engine/engine.h"
+#include "engine/probe.h"
 #include "kernels/registry.h"
 #include "moe/moe_scratch.h"
 
@@ -109,10 +110,11 @@ class LayerHandle {
     layer_.reset();
   }
   int64_t handle() const { return handle_; }
-  MoeLayer& layer() const {
+  EngineLayer& engine_layer() const {
     KT_CHECK(layer_ != nullptr, "this layer is closed.");
-    return layer_->layer;
+    return *layer_;
   }
+  MoeLayer& layer() const { return engine_layer().layer; }
 
  private:
   std::shared_ptr<EngineLayer> layer_;
@@ -175,6 +177,7 @@ void bind_engine(py::module_& m) {
                                }
                                return cpus;
                              })
+      .def("probe_dispatch", &probe_dispatch, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("scratch_bytes", [](Engine& engine) { return engine.scratch()->bytes(); })
       .def_property_readonly("warnings", &Engine::warnings);
 }
@@ -189,6 +192,10 @@ void bind_layer(py::module_& m) {
       .def_property_readonly("explain", [](const LayerHandle& layer) { return layer.layer().explain(); })
       .def("counters", &counters_dict)
       .def("pages", &pages_dict)
+      .def("probe_read", [](const LayerHandle& layer) { return probe_read(layer.engine_layer()); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("probe_peak", [](const LayerHandle& layer, int ms) { return probe_peak(layer.engine_layer(), ms); },
+           py::arg("milliseconds") = 20, py::call_guard<py::gil_scoped_release>())
       .def("close", &LayerHandle::close, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -66,7 +66,10 @@ void tile(const WideActivations& wide, const uint8_t* panel, int steps, int colu
       for (int r = 0; r < kRows; ++r) {
         const __m256 a = _mm256_broadcast_ss(&wide.even[r][s]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_fmadd_ps(w[v], a, acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = _mm256_fmadd_ps(w[v], a, acc[r][v]);
+          pin(acc[r][v]);
+        }
       }
       // Loads the lines again instead of keeping them: the registers are full.
       asm volatile("" ::: "memory");
@@ -76,7 +79,10 @@ void tile(const WideActivations& wide, const uint8_t* panel, int steps, int colu
       for (int r = 0; r < kRows; ++r) {
         const __m256 a = _mm256_broadcast_ss(&wide.odd[r][s]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_fmadd_ps(w[v], a, acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = _mm256_fmadd_ps(w[v], a, acc[r][v]);
+          pin(acc[r][v]);
+        }
       }
     }
   }

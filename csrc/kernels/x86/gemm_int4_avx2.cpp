@@ -40,6 +40,7 @@ inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const ui
         const __m256i w = load_codes<kExpanded>(step + v * 32, quad % 2, nibble);
         const __m256i product = _mm256_maddubs_epi16(w, row);
         acc[0][v] = quad == 0 ? product : _mm256_add_epi16(acc[0][v], product);
+        pin(acc[0][v]);
       }
     } else {
       const auto* line = reinterpret_cast<const char*>(ahead.base + 2 * quad * ahead.line_bytes);
@@ -55,6 +56,7 @@ inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const ui
         for (int v = 0; v < kVectors; ++v) {
           const __m256i product = _mm256_maddubs_epi16(w[v], row);
           acc[r][v] = quad == 0 ? product : _mm256_add_epi16(acc[r][v], product);
+          pin(acc[r][v]);
         }
       }
       // Loads the lines again for the other half instead of keeping them: the registers are full.

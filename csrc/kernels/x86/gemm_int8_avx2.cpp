@@ -55,6 +55,7 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
         const __m256i low = _mm256_madd_epi16(_mm256_slli_epi16(w, 8), even);
         const __m256i high = _mm256_madd_epi16(_mm256_and_si256(w, upper), odd);
         acc[0][v] = _mm256_add_epi32(acc[0][v], _mm256_add_epi32(low, high));
+        pin(acc[0][v]);
       }
     } else {
       __m256i w[kVectors];
@@ -64,7 +65,10 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
       for (int r = 0; r < kRows; ++r) {
         const __m256i a = broadcast_dword(&pairs.even[r][s]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w[v], a));
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w[v], a));
+          pin(acc[r][v]);
+        }
       }
       // Loads the lines again instead of keeping them: the registers are full.
       asm volatile("" ::: "memory");
@@ -74,7 +78,10 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
       for (int r = 0; r < kRows; ++r) {
         const __m256i a = broadcast_dword(&pairs.odd[r][s]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w[v], a));
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w[v], a));
+          pin(acc[r][v]);
+        }
       }
     }
   }
