@@ -14,7 +14,9 @@ namespace {
 
 constexpr int kColumns = kPanelColumns;
 
-int64_t source_row(const GemmArgs& args, int i) { return args.row_idx != nullptr ? args.row_idx[i] : i; }
+int64_t source_row(const GemmArgs& args, int i) {
+  return args.row_idx != nullptr ? args.row_idx[i] : i;
+}
 
 template <typename Element>
 const Element* activation_row(const GemmArgs& args, int64_t row) {
@@ -35,7 +37,9 @@ float bits_float(uint32_t bits) {
 }
 
 // Bytes of one full int4 group: its codes, then 64 bf16 scales.
-int64_t int4_group_bytes(int group_size) { return int64_t{group_size} * kColumns / 2 + kColumns * 2; }
+int64_t int4_group_bytes(int group_size) {
+  return int64_t{group_size} * kColumns / 2 + kColumns * 2;
+}
 
 // Unsigned code (q + 8) of column `column` at the k-th column of its group.
 uint32_t int4_code(const uint8_t* group, int k, int column) {
@@ -99,7 +103,8 @@ void expand_int4_reference(const uint8_t* panel, int32_t k, int32_t group_size, 
     for (int j = 0; j < kColumns; ++j) {
       for (int step = 0; step < size; ++step) {
         const int at = begin + step;
-        scratch[(at / 4 * kColumns + j) * 4 + at % 4] = static_cast<uint8_t>(int4_code(group, step, j));
+        scratch[(at / 4 * kColumns + j) * 4 + at % 4] =
+            static_cast<uint8_t>(int4_code(group, step, j));
       }
       const float scale = bf16_to_float(int4_scale(group, size, j));
       std::memcpy(scales + j * 4, &scale, sizeof scale);
@@ -131,7 +136,8 @@ void gemm_s8_int4x_fp32_1x64x4_reference(const GemmArgs& args) {
   }
 }
 
-// A product of two bf16 values is exact in fp32 (16 bits of mantissa), so this rounds as an fma does.
+// A product of two bf16 values is exact in fp32 (16 bits of mantissa), so this rounds as an fma
+// does.
 void gemm_bf16_bf16_fp32_1x64x2_reference(const GemmArgs& args) {
   const auto* weights = reinterpret_cast<const uint16_t*>(args.panel);
   for (int i = 0; i < args.m; ++i) {
@@ -178,11 +184,12 @@ void store_fp16(const float* src, uint16_t* dst, int32_t n) {
 
 void rotate(float* x, int32_t n, int32_t block) { hadamard_rotate(x, n, block); }
 
-void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale, int32_t group_size,
-              int32_t* group_sum) {
+void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
+              int32_t group_size, int32_t* group_sum) {
   constexpr uint32_t kSmallestAmax = 0x0d800000u;  // 2^-100
   constexpr uint32_t kInfinity = 0x7f800000u;
-  // For non-negative floats the order of the bits is the order of the values, and NaN is above infinity.
+  // For non-negative floats the order of the bits is the order of the values, and NaN is above
+  // infinity.
   uint32_t amax_bits = 0;
   for (int i = 0; i < n; ++i) amax_bits = std::max(amax_bits, float_bits(x[i]) & 0x7fffffffu);
   float inverse = 0.0f;
@@ -234,7 +241,8 @@ void add_scaled(const float* x, float weight, float* out, int32_t n) {
 }  // namespace
 
 extern const RowwiseOps rowwise_reference;
-const RowwiseOps rowwise_reference = {"rowwise_reference", load_bf16, load_fp16, store_bf16,  store_fp16,
-                                      rotate,              quantize,  silu_and_mul, add_scaled};
+const RowwiseOps rowwise_reference = {"rowwise_reference", load_bf16, load_fp16, store_bf16,
+                                      store_fp16,          rotate,    quantize,  silu_and_mul,
+                                      add_scaled};
 
 }  // namespace kt

@@ -9,7 +9,8 @@ namespace kt {
 
 #define KT_EXPAND(symbol, isa) \
   void symbol(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
-#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) void symbol(const GemmArgs& args);
+#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
+  void symbol(const GemmArgs& args);
 #define KT_ROWWISE(symbol, isa) extern const RowwiseOps symbol;
 #define KT_READ_PROBE(symbol, isa) uint64_t symbol(const uint8_t* data, int64_t bytes);
 #define KT_PEAK_PROBE(symbol, isa, weight, operations) uint64_t symbol(int64_t iterations);
@@ -17,8 +18,8 @@ namespace kt {
 
 namespace {
 
-// Order of feature sets: the tier first (VEX features such as avxvnni have high bits but stay below avx512), then the
-// number of features, then the bits, so that two different sets never tie.
+// Order of feature sets: the tier first (VEX features such as avxvnni have high bits but stay below
+// avx512), then the number of features, then the bits, so that two different sets never tie.
 struct IsaRank {
   int tier;
   int count;
@@ -39,11 +40,13 @@ struct IsaRank {
 
 bool is_supported(IsaSet needed, IsaSet isa) { return (needed & ~isa) == 0; }
 
-// The best supported row for experts of exactly m rows: most capable features, then the nearest m_from.
+// The best supported row for experts of exactly m rows: most capable features, then the nearest
+// m_from.
 const GemmKernel* best_gemm(DType weight_dtype, IsaSet isa, int m) {
   const GemmKernel* best = nullptr;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.weight_dtype != weight_dtype || !is_supported(kernel.isa, isa) || kernel.m_from > m) continue;
+    if (kernel.weight_dtype != weight_dtype || !is_supported(kernel.isa, isa) || kernel.m_from > m)
+      continue;
     if (best == nullptr || IsaRank(kernel.isa) > IsaRank(best->isa) ||
         (kernel.isa == best->isa && kernel.m_from > best->m_from)) {
       best = &kernel;
@@ -96,21 +99,24 @@ Probes select_probes(DType weight_dtype, IsaSet isa) {
 #include "kernels/kernels.inc"
   };
   static const std::vector<PeakRow> peaks = {
-#define KT_PEAK_PROBE(symbol, isa, weight, operations) {isa, DType::weight, operations, symbol, #symbol},
+#define KT_PEAK_PROBE(symbol, isa, weight, operations) \
+  {isa, DType::weight, operations, symbol, #symbol},
 #include "kernels/kernels.inc"
   };
   // int4 codes are multiplied as bytes
   const DType multiplied = weight_dtype == DType::kInt4 ? DType::kInt8 : weight_dtype;
   const ReadRow* read = nullptr;
   for (const ReadRow& row : reads) {
-    if (is_supported(row.isa, isa) && (read == nullptr || IsaRank(row.isa) > IsaRank(read->isa))) read = &row;
+    if (is_supported(row.isa, isa) && (read == nullptr || IsaRank(row.isa) > IsaRank(read->isa)))
+      read = &row;
   }
   const PeakRow* peak = nullptr;
   for (const PeakRow& row : peaks) {
     if (row.weight_dtype != multiplied || !is_supported(row.isa, isa)) continue;
     if (peak == nullptr || IsaRank(row.isa) > IsaRank(peak->isa)) peak = &row;
   }
-  KT_CHECK(read != nullptr && peak != nullptr, "kernels.inc has no probes for " << dtype_name(weight_dtype) << ".");
+  KT_CHECK(read != nullptr && peak != nullptr,
+           "kernels.inc has no probes for " << dtype_name(weight_dtype) << ".");
   return {read->read, peak->peak, peak->operations, peak->name};
 }
 
@@ -140,9 +146,10 @@ KernelSet select_kernels(DType weight_dtype, IsaSet isa) {
   set.a_dtype = set.gemms.front()->a_dtype;
   for (const GemmKernel* kernel : set.gemms) {
     KT_CHECK(kernel->a_dtype == set.a_dtype,
-             "kernel " << kernel->name << " reads " << dtype_name(kernel->a_dtype) << " activations but "
-                       << set.gemms.front()->name << " reads " << dtype_name(set.a_dtype)
-                       << "; give the rows of one feature set in kernels.inc the same activation dtype.");
+             "kernel "
+                 << kernel->name << " reads " << dtype_name(kernel->a_dtype) << " activations but "
+                 << set.gemms.front()->name << " reads " << dtype_name(set.a_dtype)
+                 << "; give the rows of one feature set in kernels.inc the same activation dtype.");
   }
   return set;
 }

@@ -1,6 +1,7 @@
-// Every row of kernels.inc against the reference row of the same contract, and the rules of selection.
-// Integer products must agree bit for bit; bf16 within bf16_gemm_tolerance of the exact sum and, for a given kernel, bit
-// for bit for every number of rows. Rows the features in use do not support are skipped by name.
+// Every row of kernels.inc against the reference row of the same contract, and the rules of
+// selection. Integer products must agree bit for bit; bf16 within bf16_gemm_tolerance of the exact
+// sum and, for a given kernel, bit for bit for every number of rows. Rows the features in use do
+// not support are skipped by name.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,7 +20,8 @@ namespace kt {
 
 #define KT_EXPAND(symbol, isa) \
   void symbol(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
-#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) void symbol(const GemmArgs& args);
+#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
+  void symbol(const GemmArgs& args);
 #include "kernels/kernels.inc"
 
 namespace {
@@ -57,10 +59,14 @@ struct Problem {
 
 int code(Fill fill, RandomNumbers& random, int low, int high, int position) {
   switch (fill) {
-    case Fill::kRandom: return random.integer(low, high);
-    case Fill::kLargest: return high;
-    case Fill::kSmallest: return low;
-    case Fill::kAlternating: return position % 2 == 0 ? low : high;
+    case Fill::kRandom:
+      return random.integer(low, high);
+    case Fill::kLargest:
+      return high;
+    case Fill::kSmallest:
+      return low;
+    case Fill::kAlternating:
+      return position % 2 == 0 ? low : high;
   }
   return 0;
 }
@@ -80,7 +86,8 @@ void make_activations(Problem* problem, Fill fill, bool gather, RandomNumbers& r
     p.a_bf16[i] = float_to_bf16(random.normal());
     p.group_sum[i / p.k * p.num_groups + i % p.k / p.group_size] += value;
   }
-  for (int i = 0; i < p.num_rows; ++i) p.a_scale.push_back(0.001f + 0.01f * std::fabs(random.normal()));
+  for (int i = 0; i < p.num_rows; ++i)
+    p.a_scale.push_back(0.001f + 0.01f * std::fabs(random.normal()));
   if (gather) {
     for (int i = 0; i < p.m; ++i) p.row_idx.push_back(random.integer(0, p.num_rows - 1));
   }
@@ -114,7 +121,8 @@ PackedLayout layout_of(DType weight_dtype, int group_size) {
   return {weight_dtype, weight_dtype == DType::kInt4 ? group_size : 0, 0};
 }
 
-Problem make_problem(PackedLayout layout, int m, int k, int n, bool gather, Fill fill, uint64_t seed) {
+Problem make_problem(PackedLayout layout, int m, int k, int n, bool gather, Fill fill,
+                     uint64_t seed) {
   RandomNumbers random(seed);
   Problem p;
   p.layout = layout;
@@ -205,8 +213,8 @@ class GemmTest : public testing::TestWithParam<GemmKernel> {
  protected:
   void SetUp() override {
     if (!is_supported(GetParam().isa)) {
-      GTEST_SKIP() << GetParam().name << " needs " << isa_name(GetParam().isa) << "; in use: "
-                   << isa_name(cpu_features().chosen);
+      GTEST_SKIP() << GetParam().name << " needs " << isa_name(GetParam().isa)
+                   << "; in use: " << isa_name(cpu_features().chosen);
     }
   }
   // The group sizes that make a difference to the kernel; 0 is the whole row.
@@ -225,10 +233,10 @@ TEST_P(GemmTest, AgreesWithTheReferenceForAllShapes) {
       for (int m : kRowCounts) {
         const bool gather = (++seed % 2) == 0;
         const int n = seed % 3 == 0 ? 64 : 64 - static_cast<int>(seed % 61);
-        SCOPED_TRACE(testing::Message() << "m " << m << " k " << k << " n " << n << " group " << group_size
-                                        << (gather ? " gathered" : ""));
-        expect_correct(GetParam(), make_problem(layout_of(GetParam().weight_dtype, group_size), m, k, n, gather,
-                                                Fill::kRandom, seed));
+        SCOPED_TRACE(testing::Message() << "m " << m << " k " << k << " n " << n << " group "
+                                        << group_size << (gather ? " gathered" : ""));
+        expect_correct(GetParam(), make_problem(layout_of(GetParam().weight_dtype, group_size), m,
+                                                k, n, gather, Fill::kRandom, seed));
         if (HasFatalFailure()) return;
       }
     }
@@ -237,13 +245,16 @@ TEST_P(GemmTest, AgreesWithTheReferenceForAllShapes) {
 
 TEST_P(GemmTest, GivesARowTheSameBitsAmongAnyRows) {
   for (int group_size : group_sizes()) {
-    const Problem all = make_problem(layout_of(GetParam().weight_dtype, group_size), 64, 576, 64, false, Fill::kRandom, 7);
-    const std::vector<float> expected = run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, all);
+    const Problem all = make_problem(layout_of(GetParam().weight_dtype, group_size), 64, 576, 64,
+                                     false, Fill::kRandom, 7);
+    const std::vector<float> expected =
+        run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, all);
     for (int m : kRowCounts) {
       Problem some = all;
       some.m = m;
       for (int i = 0; i < m; ++i) some.row_idx.push_back((i * 37 + m) % 64);
-      const std::vector<float> c = run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, some);
+      const std::vector<float> c =
+          run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, some);
       for (int i = 0; i < m; ++i) {
         ASSERT_EQ(first_difference(&c[i * kStride], &expected[some.row(i) * kStride], kColumns), -1)
             << "row " << some.row(i) << " among " << m << " rows, group " << group_size;
@@ -256,8 +267,10 @@ TEST_P(IntegerGemmTest, HoldsTheLargestSums) {
   for (int group_size : group_sizes()) {
     for (Fill fill : {Fill::kLargest, Fill::kSmallest, Fill::kAlternating}) {
       for (int k : {1024, 8192}) {
-        SCOPED_TRACE(testing::Message() << "fill " << static_cast<int>(fill) << " k " << k << " group " << group_size);
-        Problem p = make_problem(layout_of(GetParam().weight_dtype, group_size), 7, k, 64, false, fill, 3);
+        SCOPED_TRACE(testing::Message()
+                     << "fill " << static_cast<int>(fill) << " k " << k << " group " << group_size);
+        Problem p =
+            make_problem(layout_of(GetParam().weight_dtype, group_size), 7, k, 64, false, fill, 3);
         expect_correct(GetParam(), p);
         // The opposite sign in every other row.
         for (int64_t i = 0; i < int64_t{p.num_rows} * p.k; ++i) {
@@ -278,8 +291,10 @@ TEST_P(IntegerGemmTest, HoldsTheLargestSums) {
 
 TEST_P(IntegerGemmTest, KeepsZeroNanAndSubnormalScales) {
   for (int group_size : group_sizes()) {
-    Problem p = make_problem(layout_of(GetParam().weight_dtype, group_size), 7, 192, 50, false, Fill::kRandom, 5);
-    const float scales[] = {0.0f, std::numeric_limits<float>::quiet_NaN(), 0x1p-140f, 0x1p-120f, 1.0f, 0x1p100f, 3.0f};
+    Problem p = make_problem(layout_of(GetParam().weight_dtype, group_size), 7, 192, 50, false,
+                             Fill::kRandom, 5);
+    const float scales[] = {
+        0.0f, std::numeric_limits<float>::quiet_NaN(), 0x1p-140f, 0x1p-120f, 1.0f, 0x1p100f, 3.0f};
     std::copy(std::begin(scales), std::end(scales), p.a_scale.begin());
     // A row of scale zero or NaN has codes of zero, as quantize writes them.
     for (int i = 0; i < 2; ++i) {
@@ -288,7 +303,8 @@ TEST_P(IntegerGemmTest, KeepsZeroNanAndSubnormalScales) {
       std::fill_n(p.group_sum.begin() + i * p.num_groups, p.num_groups, 0);
     }
     expect_correct(GetParam(), p);
-    const std::vector<float> c = run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, p);
+    const std::vector<float> c =
+        run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, p);
     for (int j = 0; j < kColumns; ++j) {
       ASSERT_EQ(c[j], 0.0f);
       ASSERT_TRUE(std::isnan(c[kStride + j]));
@@ -333,8 +349,10 @@ std::vector<GemmKernel> rows_with_bf16_weights(bool is_bf16) {
 std::string row_name(const testing::TestParamInfo<GemmKernel>& test) { return test.param.name; }
 
 INSTANTIATE_TEST_SUITE_P(Rows, GemmTest, testing::ValuesIn(list_gemm_kernels()), row_name);
-INSTANTIATE_TEST_SUITE_P(Rows, IntegerGemmTest, testing::ValuesIn(rows_with_bf16_weights(false)), row_name);
-INSTANTIATE_TEST_SUITE_P(Rows, Bf16GemmTest, testing::ValuesIn(rows_with_bf16_weights(true)), row_name);
+INSTANTIATE_TEST_SUITE_P(Rows, IntegerGemmTest, testing::ValuesIn(rows_with_bf16_weights(false)),
+                         row_name);
+INSTANTIATE_TEST_SUITE_P(Rows, Bf16GemmTest, testing::ValuesIn(rows_with_bf16_weights(true)),
+                         row_name);
 
 struct ExpandKernel {
   const char* name;
@@ -350,10 +368,12 @@ const ExpandKernel kExpandKernels[] = {
 class ExpandTest : public testing::TestWithParam<ExpandKernel> {};
 
 TEST_P(ExpandTest, WritesTheReferenceBytes) {
-  if (!is_supported(GetParam().isa)) GTEST_SKIP() << GetParam().name << " needs " << isa_name(GetParam().isa);
+  if (!is_supported(GetParam().isa))
+    GTEST_SKIP() << GetParam().name << " needs " << isa_name(GetParam().isa);
   for (int group_size : {32, 64, 96, 128, 0}) {
     for (int k : kDepths) {
-      const Problem p = make_problem({DType::kInt4, group_size, 0}, 1, k, 64, false, Fill::kRandom, 17);
+      const Problem p =
+          make_problem({DType::kInt4, group_size, 0}, 1, k, 64, false, Fill::kRandom, 17);
       const size_t size = size_t{kColumns} * (p.k + 4 * p.num_groups);
       LineVector<uint8_t> expected(size + 64, 0xab), scratch(size + 64, 0xab);
       expand_int4_reference(p.panel.data(), k, p.group_size, expected.data());
@@ -371,7 +391,8 @@ INSTANTIATE_TEST_SUITE_P(Rows, ExpandTest, testing::ValuesIn(kExpandKernels),
 const DType kWeightDTypes[] = {DType::kInt8, DType::kInt4, DType::kBFloat16};
 
 TEST(Registry, NamesSayWhatTheRowsAre) {
-  const std::regex grammar("gemm_(s8|u8|bf16)_(int8|int4|int4x|bf16)_fp32_([0-9]+)x[0-9]+x[0-9]+_([a-z0-9]+)");
+  const std::regex grammar(
+      "gemm_(s8|u8|bf16)_(int8|int4|int4x|bf16)_fp32_([0-9]+)x[0-9]+x[0-9]+_([a-z0-9]+)");
   const std::string features = isa_name(~IsaSet{0}) + " reference";
   std::set<std::string> names;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
@@ -381,7 +402,8 @@ TEST(Registry, NamesSayWhatTheRowsAre) {
     EXPECT_TRUE(names.insert(name).second) << name << " is there twice";
     EXPECT_EQ(part[1] == "bf16", kernel.a_dtype == DType::kBFloat16) << name;
     EXPECT_EQ(part[1] == "u8", kernel.a_dtype == DType::kUint8) << name;
-    EXPECT_EQ(part[2].str().substr(0, 4), std::string(dtype_name(kernel.weight_dtype)).substr(0, 4)) << name;
+    EXPECT_EQ(part[2].str().substr(0, 4), std::string(dtype_name(kernel.weight_dtype)).substr(0, 4))
+        << name;
     EXPECT_EQ(part[2] == "int4x", kernel.expand != nullptr) << name;
     EXPECT_EQ(std::stoi(part[3]), kernel.mr) << name;
     EXPECT_NE(features.find(part[4].str()), std::string::npos) << name;
@@ -418,7 +440,8 @@ TEST(Registry, PrefersTheHighestFeatures) {
     for (const GemmKernel* kernel : select_kernels(weight_dtype, kIsaAvx2 | kIsaAvxVnni).gemms) {
       EXPECT_EQ(kernel->isa & kIsaAvx2, kIsaAvx2) << kernel->name;
     }
-    for (const GemmKernel* kernel : select_kernels(weight_dtype, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512).gemms) {
+    for (const GemmKernel* kernel :
+         select_kernels(weight_dtype, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512).gemms) {
       EXPECT_EQ(kernel->isa & kIsaAvx512, kIsaAvx512) << kernel->name;
     }
   }
@@ -447,15 +470,19 @@ TEST(Registry, ExplainsWhatItChose) {
   }
 }
 
-// The rows of one method share their bits, so an expert's result does not depend on how many tokens it got.
+// The rows of one method share their bits, so an expert's result does not depend on how many tokens
+// it got.
 TEST(Registry, TheRowsOfOneMethodGiveTheSameBits) {
   for (DType weight_dtype : kWeightDTypes) {
     const KernelSet set = select_kernels(weight_dtype, cpu_features().chosen);
-    const Problem p = make_problem(layout_of(weight_dtype, 64), 13, 576, 64, true, Fill::kRandom, 23);
-    const std::vector<float> expected = run_gemm(set.gemms[0]->gemm, set.gemms[0]->expand, set.a_dtype, p);
+    const Problem p =
+        make_problem(layout_of(weight_dtype, 64), 13, 576, 64, true, Fill::kRandom, 23);
+    const std::vector<float> expected =
+        run_gemm(set.gemms[0]->gemm, set.gemms[0]->expand, set.a_dtype, p);
     for (const GemmKernel* kernel : set.gemms) {
       const std::vector<float> c = run_gemm(kernel->gemm, kernel->expand, set.a_dtype, p);
-      EXPECT_EQ(first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size())), -1) << kernel->name;
+      EXPECT_EQ(first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size())), -1)
+          << kernel->name;
     }
   }
 }

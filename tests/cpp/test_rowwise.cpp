@@ -1,5 +1,5 @@
-// The row operations of every tier against rowwise_reference, bit for bit, and the reference against exact arithmetic.
-// Tiers the features in use do not support are skipped by name.
+// The row operations of every tier against rowwise_reference, bit for bit, and the reference
+// against exact arithmetic. Tiers the features in use do not support are skipped by name.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -22,7 +22,8 @@ std::vector<float> random_row(int n, bool special, RandomNumbers& random) {
   const std::vector<float>& specials = special_floats();
   for (float& value : row) {
     const bool take_special = special && random.integer(0, 7) == 0;
-    value = take_special ? specials[random.integer(0, static_cast<int>(specials.size()) - 1)] : random.normal();
+    value = take_special ? specials[random.integer(0, static_cast<int>(specials.size()) - 1)]
+                         : random.normal();
   }
   return row;
 }
@@ -39,16 +40,18 @@ class RowwiseTest : public testing::TestWithParam<RowwiseKernel> {
  protected:
   void SetUp() override {
     if ((GetParam().isa & ~cpu_features().chosen) != 0) {
-      GTEST_SKIP() << GetParam().ops->name << " needs " << isa_name(GetParam().isa) << "; in use: "
-                   << isa_name(cpu_features().chosen);
+      GTEST_SKIP() << GetParam().ops->name << " needs " << isa_name(GetParam().isa)
+                   << "; in use: " << isa_name(cpu_features().chosen);
     }
   }
   const RowwiseOps& ops() const { return *GetParam().ops; }
 };
 
 void expect_same(const std::vector<float>& result, const std::vector<float>& expected) {
-  const int64_t at = first_difference(result.data(), expected.data(), static_cast<int64_t>(expected.size()));
-  ASSERT_EQ(at, -1) << "element " << at << " is " << result[at] << ", the reference gives " << expected[at];
+  const int64_t at =
+      first_difference(result.data(), expected.data(), static_cast<int64_t>(expected.size()));
+  ASSERT_EQ(at, -1) << "element " << at << " is " << result[at] << ", the reference gives "
+                    << expected[at];
 }
 
 TEST_P(RowwiseTest, LoadsEveryHalfPrecisionValue) {
@@ -70,13 +73,19 @@ TEST_P(RowwiseTest, LoadsTailsAndPadsWithZeros) {
       std::vector<float> dst(padded_n + 16, 7.0f);
       ops().load_bf16(src.data(), dst.data(), n, padded_n);
       for (int i = 0; i < padded_n + 16; ++i) {
-        ASSERT_EQ(dst[i], i < n ? 1.0f : i < padded_n ? 0.0f : 7.0f) << "bf16 n " << n << " to " << padded_n;
+        ASSERT_EQ(dst[i], i < n          ? 1.0f
+                          : i < padded_n ? 0.0f
+                                         : 7.0f)
+            << "bf16 n " << n << " to " << padded_n;
       }
       const std::vector<uint16_t> halves(n, 0x3c00);  // 1 in fp16
       std::fill(dst.begin(), dst.end(), 7.0f);
       ops().load_fp16(halves.data(), dst.data(), n, padded_n);
       for (int i = 0; i < padded_n + 16; ++i) {
-        ASSERT_EQ(dst[i], i < n ? 1.0f : i < padded_n ? 0.0f : 7.0f) << "fp16 n " << n << " to " << padded_n;
+        ASSERT_EQ(dst[i], i < n          ? 1.0f
+                          : i < padded_n ? 0.0f
+                                         : 7.0f)
+            << "fp16 n " << n << " to " << padded_n;
       }
     }
   }
@@ -120,7 +129,8 @@ TEST_P(RowwiseTest, RotatesAsTheReference) {
   for (int block = 32; block <= 1024; block *= 2) {
     for (int blocks : {1, 2, 3}) {
       for (bool special : {false, true}) {
-        SCOPED_TRACE(testing::Message() << "block " << block << " times " << blocks << " special " << special);
+        SCOPED_TRACE(testing::Message()
+                     << "block " << block << " times " << blocks << " special " << special);
         RandomNumbers random(block + blocks);
         std::vector<float> x = random_row(block * blocks, special, random);
         std::vector<float> expected = x;
@@ -143,20 +153,23 @@ TEST_P(RowwiseTest, RotatesByTheHadamardMatrix) {
     for (int i = 0; i < block; ++i) {
       double exact = 0;
       for (int j = 0; j < block; ++j) exact += __builtin_parity(i & j) ? -x[j] : x[j];
-      ASSERT_NEAR(rotated[i], exact / std::sqrt(block), rotation_tolerance(block, magnitude)) << "block " << block;
+      ASSERT_NEAR(rotated[i], exact / std::sqrt(block), rotation_tolerance(block, magnitude))
+          << "block " << block;
     }
   }
 }
 
-void expect_same_codes(const RowwiseOps& ops, const std::vector<float>& x, int offset, int group_size) {
+void expect_same_codes(const RowwiseOps& ops, const std::vector<float>& x, int offset,
+                       int group_size) {
   const int n = static_cast<int>(x.size());
   const int groups = group_size > 0 ? (n + group_size - 1) / group_size : 0;
   std::vector<uint8_t> codes(n + 8, 0xee), expected_codes(n + 8, 0xee);
   std::vector<int32_t> sums(groups + 1, -5), expected_sums(groups + 1, -5);
   float scale = -1, expected_scale = -1;
-  ops.quantize(x.data(), n, offset, codes.data(), &scale, group_size, groups > 0 ? sums.data() : nullptr);
-  rowwise_reference.quantize(x.data(), n, offset, expected_codes.data(), &expected_scale, group_size,
-                             groups > 0 ? expected_sums.data() : nullptr);
+  ops.quantize(x.data(), n, offset, codes.data(), &scale, group_size,
+               groups > 0 ? sums.data() : nullptr);
+  rowwise_reference.quantize(x.data(), n, offset, expected_codes.data(), &expected_scale,
+                             group_size, groups > 0 ? expected_sums.data() : nullptr);
   ASSERT_TRUE(same_float(scale, expected_scale)) << scale << " and " << expected_scale;
   ASSERT_EQ(codes, expected_codes);
   ASSERT_EQ(sums, expected_sums);
@@ -167,7 +180,8 @@ TEST_P(RowwiseTest, QuantizesAsTheReference) {
   for (int n : {64, 128, 192, 576, 1024}) {
     for (int offset : {0, 128}) {
       for (int group_size : {0, 32, 64, 96, 128, n}) {
-        SCOPED_TRACE(testing::Message() << "n " << n << " offset " << offset << " group " << group_size);
+        SCOPED_TRACE(testing::Message()
+                     << "n " << n << " offset " << offset << " group " << group_size);
         RandomNumbers random(++seed);
         expect_same_codes(ops(), finite_row(n, random), offset, group_size);
         std::vector<float> plain = random_row(n, false, random);
@@ -176,7 +190,8 @@ TEST_P(RowwiseTest, QuantizesAsTheReference) {
         expect_same_codes(ops(), plain, offset, group_size);
         plain[n - 1] = -std::numeric_limits<float>::quiet_NaN();
         expect_same_codes(ops(), plain, offset, group_size);
-        for (float edge : {0.0f, -0.0f, 0x1p-149f, 0x1p-100f, -0x1p-100f, 0x1.fffffep-101f, 0x1.fffffep127f}) {
+        for (float edge :
+             {0.0f, -0.0f, 0x1p-149f, 0x1p-100f, -0x1p-100f, 0x1.fffffep-101f, 0x1.fffffep127f}) {
           std::vector<float> row(n, 0.0f);
           row[n / 2] = edge;
           expect_same_codes(ops(), row, offset, group_size);
@@ -231,7 +246,8 @@ TEST_P(RowwiseTest, SiluAndMulAsTheReference) {
   const int n = 1 << 16;
   std::vector<float> gate(n), up(n), result(n), expected(n);
   for (int i = 0; i < n; ++i) {
-    gate[i] = i % 2 == 0 ? float_from_bits(random.bits()) : 200.0f * (static_cast<float>(i) / n - 0.5f);
+    gate[i] =
+        i % 2 == 0 ? float_from_bits(random.bits()) : 200.0f * (static_cast<float>(i) / n - 0.5f);
     up[i] = i % 4 < 2 ? float_from_bits(random.bits()) : random.normal();
   }
   const std::vector<float>& specials = special_floats();
@@ -257,8 +273,12 @@ TEST_P(RowwiseTest, SiluIsExactToTheTolerance) {
 TEST_P(RowwiseTest, SiluHasItsLimits) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   std::vector<float> gate(16, 0.0f), up(16, 1.0f), out(16);
-  gate = {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN(), 0.0f, -0.0f, 100.0f, -100.0f, -87.0f,
-          0x1p-149f, 1e38f,      -1e38f,                                  0,    0,     0,      0,       0};
+  gate = {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN(),
+          0.0f,      -0.0f,      100.0f,
+          -100.0f,   -87.0f,     0x1p-149f,
+          1e38f,     -1e38f,     0,
+          0,         0,          0,
+          0};
   ops().silu_and_mul(gate.data(), up.data(), out.data(), 16);
   EXPECT_EQ(out[0], kInfinity);
   EXPECT_EQ(out[1], 0.0f);
@@ -274,7 +294,8 @@ TEST_P(RowwiseTest, SiluHasItsLimits) {
 
 TEST_P(RowwiseTest, AddsScaledAsTheReference) {
   for (int n : {16, 32, 48, 1024}) {
-    for (float weight : {0.0f, 1.0f, 0.3f, -2.5f, 0x1p-140f, std::numeric_limits<float>::infinity()}) {
+    for (float weight :
+         {0.0f, 1.0f, 0.3f, -2.5f, 0x1p-140f, std::numeric_limits<float>::infinity()}) {
       RandomNumbers random(n);
       const std::vector<float> x = random_row(n, true, random);
       std::vector<float> out = random_row(n, true, random);

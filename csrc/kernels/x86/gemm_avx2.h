@@ -1,4 +1,5 @@
-// What the AVX2 panel kernels share: row blocks and tile widths for 16 vector registers. Anonymous namespace only.
+// What the AVX2 panel kernels share: row blocks and tile widths for 16 vector registers. Anonymous
+// namespace only.
 #pragma once
 
 #include <immintrin.h>
@@ -10,47 +11,60 @@
 namespace kt {
 namespace {
 
-// Rows of the largest register tile: 6 rows x 2 vectors are 12 accumulators, which leaves 4 of 16 registers.
-constexpr int kMaxRows = 6;
 constexpr int kStepBytes = 256;  // one packed k-step: 64 columns x 4 bytes
 
-// Vectors of 8 columns in a tile of so many rows. One row reads whole k-steps, so its panel is one ascending stream.
+// Vectors of 8 columns in a tile of so many rows. One row reads whole k-steps, so its panel is one
+// ascending stream.
 constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
-// m rows in the fewest blocks of at most kMaxRows, as even as possible (7 rows are 4 + 3, not 6 + 1).
-inline int block_rows(int m, int begin) {
+// m rows in the fewest blocks of at most max_rows, as even as possible (of at most 6, 7 rows are 4
+// + 3 and not 6 + 1).
+inline int block_rows(int m, int begin, int max_rows) {
   const int rest = m - begin;
-  const int blocks = (rest + kMaxRows - 1) / kMaxRows;
+  const int blocks = (rest + max_rows - 1) / max_rows;
   return (rest + blocks - 1) / blocks;
 }
 
-inline int64_t source_row(const GemmArgs& args, int i) { return args.row_idx != nullptr ? args.row_idx[i] : i; }
+inline int64_t source_row(const GemmArgs& args, int i) {
+  return args.row_idx != nullptr ? args.row_idx[i] : i;
+}
 
 inline const uint8_t* activation_row(const GemmArgs& args, int i) {
   return static_cast<const uint8_t*>(args.a) + source_row(args, i) * args.a_stride_bytes;
 }
 
-inline __m256i load_bytes(const void* src) { return _mm256_loadu_si256(static_cast<const __m256i*>(src)); }
-inline void store_bytes(void* dst, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(dst), v); }
+inline __m256i load_bytes(const void* src) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(src));
+}
+inline void store_bytes(void* dst, __m256i v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(dst), v);
+}
 
 // The four bytes at src in every lane.
-inline __m256i broadcast_dword(const void* src) { return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(src))); }
+inline __m256i broadcast_dword(const void* src) {
+  return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(src)));
+}
 
-// Pins a value to a register at this point. Without it GCC 12 gathers the products of a whole k-step before it adds them,
-// and spills: 26 stack accesses a k-step in a 6x16 tile, none with it.
+// Pins a value to a register at this point. Without it GCC 12 gathers the products of a whole
+// k-step before it adds them, and spills: 26 stack accesses a k-step in a 6x16 tile, none with it.
 inline void pin(__m256i& v) { asm("" : "+x"(v)); }
 inline void pin(__m256& v) { asm("" : "+x"(v)); }
 
-// Lines a tile asks for while it works on step s of its own: those of the same columns at `base`.
+// Lines the int8 and bf16 tiles ask for while they work on step s. One row runs through the panel
+// once and looks a little ahead in it; more rows pass over their chunk several times, and each pass
+// fetches its columns of the next chunk.
 struct Prefetch {
-  const uint8_t* base;
-  int64_t step_bytes;  // kStepBytes, or 0 where an earlier row block has asked already
+  const uint8_t* next;  // the chunk after this one
+  int64_t step_bytes;   // kStepBytes, or 0 where an earlier row block has asked already
 
-  template <int kVectors>
-  void step(int64_t s, int column) const {
-#pragma GCC unroll 4
-    for (int line = 0; line < (kVectors + 1) / 2; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(base + s * step_bytes + column * 4 + line * 64), _MM_HINT_T1);
+  template <int kRows>
+  void step(const uint8_t* lines, int64_t s, int column) const {
+    constexpr int kAheadBytes = 4096;
+    const auto* base = reinterpret_cast<const char*>(lines) + kAheadBytes;
+    if constexpr (kRows > 1)
+      base = reinterpret_cast<const char*>(next) + s * step_bytes + column * 4;
+    for (int line = 0; line < tile_vectors(kRows) / 2; ++line) {
+      _mm_prefetch(base + line * 64, kRows == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
     }
   }
 };

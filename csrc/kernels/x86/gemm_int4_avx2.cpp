@@ -1,16 +1,19 @@
-// int4 x int8 by vpmaddubsw: unsigned codes (q + 8) times signed activations, corrected by -8 * group_sum.
+// int4 x int8 by vpmaddubsw: unsigned codes (q + 8) times signed activations, corrected by -8 *
+// group_sum.
 //
-// A product pair is at most 2 * 15 * 127 = 3810, so 8 of them (32 k) add up in 16 bits (30480) before one vpmaddwd
-// widens the sum. That makes int4 faster than int8 here.
+// A product pair is at most 2 * 15 * 127 = 3810, so 8 of them (32 k) add up in 16 bits (30480)
+// before one vpmaddwd widens the sum. That makes int4 faster than int8 here.
 
 #include "kernels/x86/gemm_avx2.h"
 
 namespace kt {
 namespace {
 
-constexpr int kBlock = 32;  // k of one 16-bit accumulation
+constexpr int kMaxRows = 6;  // 6 rows x 2 vectors: 12 of 16 registers accumulate
+constexpr int kBlock = 32;   // k of one 16-bit accumulation
 
-// Codes k .. k+3 (half 0) or k+4 .. k+7 (half 1) of 8 columns as unsigned bytes, from packed or expanded lines.
+// Codes k .. k+3 (half 0) or k+4 .. k+7 (half 1) of 8 columns as unsigned bytes, from packed or
+// expanded lines.
 template <bool kExpanded>
 inline __m256i load_codes(const uint8_t* lines, int half, __m256i nibble) {
   if constexpr (kExpanded) return load_bytes(lines + half * kStepBytes);
@@ -18,16 +21,14 @@ inline __m256i load_codes(const uint8_t* lines, int half, __m256i nibble) {
   return _mm256_and_si256(half == 0 ? line : _mm256_srli_epi16(line, 4), nibble);
 }
 
-// What a tile asks for while it multiplies: the packed panel a few blocks ahead, or the next one behind an expanded.
-struct Ahead {
-  const uint8_t* base;
-  int64_t line_bytes;  // 64, or 0 for nothing new
-};
+// Lines of the next packed panel that one of `passes` passes fetches a block: at most 36 bytes a k,
+// codes and scales.
+constexpr int next_lines(int passes) { return (36 * kBlock / 64 + passes - 1) / passes; }
 
 // acc[r][v] = sums of products over 32 k, as words.
 template <int kRows, int kVectors, bool kExpanded>
-inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const uint8_t* lines, Ahead ahead,
-                           __m256i (&acc)[kRows][kVectors]) {
+inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const uint8_t* lines,
+                           const char* next, int64_t line_bytes, __m256i (&acc)[kRows][kVectors]) {
   constexpr int kLineStep = kExpanded ? 2 * kStepBytes : kStepBytes;
   const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 8
@@ -43,12 +44,13 @@ inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const ui
         pin(acc[0][v]);
       }
     } else {
-      const auto* line = reinterpret_cast<const char*>(ahead.base + 2 * quad * ahead.line_bytes);
-      _mm_prefetch(line, _MM_HINT_T1);
-      _mm_prefetch(line + ahead.line_bytes, _MM_HINT_T1);
+      for (int line = quad; line < next_lines(8 / kVectors); line += kBlock / 4) {
+        _mm_prefetch(next + line * line_bytes, _MM_HINT_T1);
+      }
       __m256i w[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) w[v] = load_codes<kExpanded>(step + v * 32, quad % 2, nibble);
+      for (int v = 0; v < kVectors; ++v)
+        w[v] = load_codes<kExpanded>(step + v * 32, quad % 2, nibble);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m256i row = broadcast_dword(a[r] + k + quad * 4);
@@ -65,8 +67,8 @@ inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const ui
   }
 }
 
-// Widens the words of acc to integer sums and adds those of the group's earlier blocks; keeps the result in `partial`
-// until the group's last block.
+// Widens the words of acc to integer sums and adds those of the group's earlier blocks; keeps the
+// result in `partial` until the group's last block.
 template <int kRows, int kVectors>
 inline void widen_block(bool first, bool last, int32_t (&partial)[kRows][kVectors * 8],
                         __m256i (&acc)[kRows][kVectors]) {
@@ -80,7 +82,8 @@ inline void widen_block(bool first, bool last, int32_t (&partial)[kRows][kVector
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_add_epi32(acc[r][v], load_bytes(&partial[r][v * 8]));
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = _mm256_add_epi32(acc[r][v], load_bytes(&partial[r][v * 8]));
     }
   }
   if (!last) {
@@ -99,7 +102,8 @@ inline __m256 load_scale(const uint8_t* scales, int column) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
-// One tile over all k. c accumulates in memory: it is touched once a group, the registers hold the integer sums.
+// One tile over all k. c accumulates in memory: it is touched once a group, the registers hold the
+// integer sums.
 template <int kRows, bool kExpanded>
 void tile(const GemmArgs& args, int begin, int column) {
   constexpr int kVectors = tile_vectors(kRows);
@@ -113,13 +117,17 @@ void tile(const GemmArgs& args, int begin, int column) {
   }
   float* c = args.c + begin * args.c_stride + column;
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(c + r * args.c_stride + v * 8, _mm256_setzero_ps());
+    for (int v = 0; v < kVectors; ++v)
+      _mm256_storeu_ps(c + r * args.c_stride + v * 8, _mm256_setzero_ps());
   }
 
-  // An expanded panel lies in the cache: the passes of the first row block fetch the packed next panel instead.
-  const uint8_t* next = kExpanded && args.next_panel != nullptr && begin == 0 ? args.next_panel : nullptr;
-  if (next != nullptr) next += int64_t{args.k} * column / 2;
-  const int64_t line_bytes = (kExpanded ? next != nullptr : begin == 0 && column == 0) ? 64 : 0;
+  // The passes of the first row block fetch the next panel, a part each. A single row streams and
+  // needs no help.
+  constexpr int kPasses = 8 / kVectors;
+  const bool fetch = args.next_panel != nullptr && begin == 0;
+  const int64_t line_bytes = fetch ? 64 : 0;
+  const auto* next = reinterpret_cast<const char*>(fetch ? args.next_panel : args.panel);
+  next += int64_t{args.k} / kBlock * (column / (8 * kVectors)) * next_lines(kPasses) * line_bytes;
 
   alignas(32) int32_t partial[kRows][kVectors * 8] = {};
   const uint8_t* codes = args.panel;
@@ -129,12 +137,12 @@ void tile(const GemmArgs& args, int begin, int column) {
     __m256i acc[kRows][kVectors];
     int64_t block = k;
     do {
-      const uint8_t* ahead = codes + 4 * kBlock * kCodeBytes;
-      if (kExpanded) ahead = next != nullptr ? next + block * 8 : codes;
-      multiply_block<kRows, kVectors, kExpanded>(a, block, codes + column * 4, {ahead, line_bytes}, acc);
+      multiply_block<kRows, kVectors, kExpanded>(a, block, codes + column * 4, next, line_bytes,
+                                                 acc);
       widen_block<kRows, kVectors>(block == k, block + kBlock == end, partial, acc);
       block += kBlock;
       codes += kBlock * kCodeBytes;
+      next += next_lines(kPasses) * line_bytes;
     } while (block < end);
     k = end;
     const uint8_t* scales = kExpanded ? expanded_scales + group * kScaleBytes : codes;
@@ -178,7 +186,7 @@ constexpr RowBlockFn kRowBlocks[kMaxRows] = {row_block<1, kExpanded>, row_block<
 template <bool kExpanded>
 void run(const GemmArgs& args) {
   for (int i = 0; i < args.m;) {
-    const int rows = block_rows(args.m, i);
+    const int rows = block_rows(args.m, i, kMaxRows);
     kRowBlocks<kExpanded>[rows - 1](args, i);
     i += rows;
   }

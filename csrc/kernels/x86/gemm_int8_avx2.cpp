@@ -1,27 +1,32 @@
 // int8 x int8 by 16-bit products.
 //
-// vpmaddubsw would saturate on u8 x s8, and its cure (abs and sign for every product) costs more than a second multiply:
-// measured on Zen 4, abs/sign reaches 133 Gop/s, this 177, vpmaddubsw without the cure 227.
+// vpmaddubsw would saturate on u8 x s8, and its cure (abs and sign for every product) costs more
+// than a second multiply: measured on Zen 4, abs/sign reaches 133 Gop/s, this 177, vpmaddubsw
+// without the cure 227.
 //
-// A dword of the panel is one column and k, k+1, k+2, k+3. Shifted left by 8 its words are 256 * (w[k], w[k+2]), masked
-// they are 256 * (w[k+1], w[k+3]): two instructions make both operands of vpmaddwd, and the factor 256 leaves by one
-// shift at the end of a chunk. 256 * 127 * 127 * kChunk must stay below 2^31, so a chunk has at most 512 k.
+// A dword of the panel is one column and k, k+1, k+2, k+3. Shifted left by 8 its words are 256 *
+// (w[k], w[k+2]), masked they are 256 * (w[k+1], w[k+3]): two instructions make both operands of
+// vpmaddwd, and the factor 256 leaves by one shift at the end of a chunk. 256 * 127 * 127 * kChunk
+// must stay below 2^31, so a chunk has at most 512 k.
 
 #include "kernels/x86/gemm_avx2.h"
 
 namespace kt {
 namespace {
 
-constexpr int kChunk = 256;           // 16 KB of panel: stays in L1 for all row blocks
+constexpr int kMaxRows = 6;  // 6 rows x 2 vectors: 12 of 16 registers accumulate
+constexpr int kChunk = 256;  // 16 KB of panel: stays in L1 for all row blocks
 constexpr int kSteps = kChunk / 4;
 
-// The activations of one row block and chunk as pairs of words: (a[k], a[k+2]) and (a[k+1], a[k+3]).
+// The activations of one row block and chunk as pairs of words: (a[k], a[k+2]) and (a[k+1],
+// a[k+3]).
 struct ActivationPairs {
   alignas(32) int32_t even[kMaxRows][kSteps];
   alignas(32) int32_t odd[kMaxRows][kSteps];
 };
 
-void prepare(const GemmArgs& args, int begin, int rows, int k_begin, int k_count, ActivationPairs* pairs) {
+void prepare(const GemmArgs& args, int begin, int rows, int k_begin, int k_count,
+             ActivationPairs* pairs) {
   for (int r = 0; r < rows; ++r) {
     const uint8_t* a = activation_row(args, begin + r) + k_begin;
     for (int k = 0; k < k_count; k += 32) {
@@ -33,8 +38,8 @@ void prepare(const GemmArgs& args, int begin, int rows, int k_begin, int k_count
 }
 
 template <int kRows>
-void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int column, bool first, int32_t* sums,
-          int64_t stride, Prefetch prefetch) {
+void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int column, bool first,
+          int32_t* sums, int64_t stride, Prefetch prefetch) {
   constexpr int kVectors = tile_vectors(kRows);
   const __m256i upper = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
   __m256i acc[kRows][kVectors];
@@ -45,7 +50,7 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
   }
   const uint8_t* lines = panel + column * 4;
   for (int64_t s = 0; s < steps; ++s, lines += kStepBytes) {
-    prefetch.step<kVectors>(s, column);
+    prefetch.step<kRows>(lines, s, column);
     if constexpr (kRows == 1) {
       const __m256i even = broadcast_dword(&pairs.even[0][s]);
       const __m256i odd = broadcast_dword(&pairs.odd[0][s]);
@@ -98,14 +103,15 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
 }
 
 template <int kRows>
-void row_block(const ActivationPairs& pairs, const uint8_t* panel, int steps, bool first, int32_t* sums,
-               int64_t stride, Prefetch prefetch) {
+void row_block(const ActivationPairs& pairs, const uint8_t* panel, int steps, bool first,
+               int32_t* sums, int64_t stride, Prefetch prefetch) {
   for (int column = 0; column < kPanelColumns; column += tile_vectors(kRows) * 8) {
     tile<kRows>(pairs, panel, steps, column, first, sums, stride, prefetch);
   }
 }
 
-using RowBlockFn = void (*)(const ActivationPairs&, const uint8_t*, int, bool, int32_t*, int64_t, Prefetch);
+using RowBlockFn = void (*)(const ActivationPairs&, const uint8_t*, int, bool, int32_t*, int64_t,
+                            Prefetch);
 constexpr RowBlockFn kRowBlocks[kMaxRows] = {row_block<1>, row_block<2>, row_block<3>,
                                              row_block<4>, row_block<5>, row_block<6>};
 
@@ -134,10 +140,10 @@ void gemm_s8_int8_fp32_6x16x4_avx2(const GemmArgs& args) {
     const uint8_t* after = chunk + int64_t{k_count} * kPanelColumns;
     if (k_begin + k_count == args.k) after = args.next_panel != nullptr ? args.next_panel : chunk;
     for (int i = 0; i < args.m;) {
-      const int rows = block_rows(args.m, i);
+      const int rows = block_rows(args.m, i, kMaxRows);
       prepare(args, i, rows, k_begin, k_count, &pairs);
-      kRowBlocks[rows - 1](pairs, chunk, k_count / 4, k_begin == 0, sums + i * args.c_stride, args.c_stride,
-                           {after, i == 0 ? kStepBytes : 0});
+      kRowBlocks[rows - 1](pairs, chunk, k_count / 4, k_begin == 0, sums + i * args.c_stride,
+                           args.c_stride, {after, i == 0 ? kStepBytes : 0});
       i += rows;
     }
   }

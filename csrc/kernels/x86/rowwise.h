@@ -1,6 +1,6 @@
-// The row operations of kernel.h in terms of vec_avx2.h or vec_avx512.h, which is included before this file.
-// Every lane does the steps of reference.cpp in the same order, so every tier gives the same bits (a NaN may differ in
-// sign and payload). Everything is in an anonymous namespace.
+// The row operations of kernel.h in terms of vec_avx2.h or vec_avx512.h, which is included before
+// this file. Every lane does the steps of reference.cpp in the same order, so every tier gives the
+// same bits (a NaN may differ in sign and payload). Everything is in an anonymous namespace.
 #pragma once
 
 #include <cstdint>
@@ -149,12 +149,13 @@ void rotate(float* x, int32_t n, int32_t block) {
 
 // ---- quantization ----
 
-void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale, int32_t group_size,
-              int32_t* group_sum) {
+void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
+              int32_t group_size, int32_t* group_sum) {
   constexpr int kVecs = 32 / kLanes;
   constexpr int32_t kSmallestAmax = 0x0d800000;  // 2^-100
   constexpr int32_t kInfinity = 0x7f800000;
-  // For non-negative floats the order of the bits is the order of the values, and NaN is above infinity.
+  // For non-negative floats the order of the bits is the order of the values, and NaN is above
+  // infinity.
   const IntVec magnitude = broadcast_int(0x7fffffff);
   IntVec largest[kVecs];
   for (int j = 0; j < kVecs; ++j) largest[j] = broadcast_int(0);
@@ -197,14 +198,16 @@ void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* 
 
 // ---- silu and the weighted sum ----
 
-// x / (1 + exp(-x)), and +0 for x < -88, where the exact result is above -2^-120 (and -inf / inf would be NaN).
+// x / (1 + exp(-x)), and +0 for x < -88, where the exact result is above -2^-120 (and -inf / inf
+// would be NaN).
 //
 //   t = -x clamped to [-80, 88]: below, 1 + exp(t) is 1; above, the result is replaced
 //   shifted = fma(t, 1/ln 2, 1.5 * 2^23): its low mantissa bits are round(t / ln 2) = power
 //   r = t - power * ln 2, in two parts (Cody and Waite); |r| <= ln 2 / 2
 //   exp(t) = 2^power * p(r), p the Taylor polynomial of degree 6: relative error of p below 2^-22
 //
-// A NaN runs through all of it: clamps keep it, and 2^power is a factor and not an addition to the exponent bits.
+// A NaN runs through all of it: clamps keep it, and 2^power is a factor and not an addition to the
+// exponent bits.
 inline Vec silu(Vec x) {
   Vec t = clamp_low(negate(x), broadcast(-80.0f));
   t = clamp_high(t, broadcast(88.0f));

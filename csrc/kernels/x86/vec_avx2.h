@@ -1,5 +1,6 @@
-// Eight fp32 lanes: the operations rowwise.h is written in. vec_avx512.h has the same names for sixteen lanes.
-// Include exactly one of them, in an ISA object. Everything is in an anonymous namespace.
+// Eight fp32 lanes: the operations rowwise.h is written in. vec_avx512.h has the same names for
+// sixteen lanes. Include exactly one of them, in an ISA object. Everything is in an anonymous
+// namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -69,8 +70,7 @@ inline void store_narrow_bf16(uint16_t* dst, Vec v) {
   const IntVec wide = bits(v);
   const IntVec upper = _mm256_srli_epi32(wide, 16);
   const IntVec odd = and_int(upper, broadcast_int(1));
-  const IntVec rounded =
-      _mm256_srli_epi32(add_int(wide, add_int(odd, broadcast_int(0x7fff))), 16);
+  const IntVec rounded = _mm256_srli_epi32(add_int(wide, add_int(odd, broadcast_int(0x7fff))), 16);
   const IntVec quiet = _mm256_or_si256(upper, broadcast_int(0x40));
   const IntVec is_nan = bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const IntVec chosen = _mm256_blendv_epi8(rounded, quiet, is_nan);
@@ -86,14 +86,16 @@ inline void store_narrow_fp16(uint16_t* dst, Vec v) {
 inline void store_codes(uint8_t* dst, const IntVec (&v)[32 / kLanes], int32_t offset) {
   const IntVec low = _mm256_packs_epi32(v[0], v[1]);
   const IntVec high = _mm256_packs_epi32(v[2], v[3]);
-  // The packs work inside 128-bit halves: dwords are then 0 2 4 6 of the low halves, 1 3 5 7 of the high ones.
+  // The packs work inside 128-bit halves: dwords are then 0 2 4 6 of the low halves, 1 3 5 7 of the
+  // high ones.
   const IntVec order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const IntVec codes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
   const IntVec shifted = _mm256_add_epi8(codes, _mm256_set1_epi8(static_cast<char>(offset)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), shifted);
 }
 
-// One Hadamard stage inside the vector: lanes i and i + d become (u + v, u - v). u - v is taken as u + (-v).
+// One Hadamard stage inside the vector: lanes i and i + d become (u + v, u - v). u - v is taken as
+// u + (-v).
 inline Vec stage(Vec swapped, Vec own, __m256 sign) {
   return _mm256_add_ps(swapped, _mm256_xor_ps(own, sign));
 }

@@ -1,5 +1,6 @@
-// Sixteen fp32 lanes: the operations rowwise.h is written in. vec_avx2.h has the same names for eight lanes.
-// Include exactly one of them, in an ISA object. Everything is in an anonymous namespace.
+// Sixteen fp32 lanes: the operations rowwise.h is written in. vec_avx2.h has the same names for
+// eight lanes. Include exactly one of them, in an ISA object. Everything is in an anonymous
+// namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -55,13 +56,13 @@ inline Vec load_wide_bf16(const uint16_t* src) {
 inline Vec load_wide_fp16(const uint16_t* src) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
 }
-// Round to nearest even; NaN: upper payload bits, made quiet. (vcvtneps2bf16 would flush subnormals.)
+// Round to nearest even; NaN: upper payload bits, made quiet. (vcvtneps2bf16 would flush
+// subnormals.)
 inline void store_narrow_bf16(uint16_t* dst, Vec v) {
   const IntVec wide = bits(v);
   const IntVec upper = _mm512_srli_epi32(wide, 16);
   const IntVec odd = and_int(upper, broadcast_int(1));
-  const IntVec rounded =
-      _mm512_srli_epi32(add_int(wide, add_int(odd, broadcast_int(0x7fff))), 16);
+  const IntVec rounded = _mm512_srli_epi32(add_int(wide, add_int(odd, broadcast_int(0x7fff))), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const IntVec chosen = _mm512_mask_or_epi32(rounded, is_nan, upper, broadcast_int(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(chosen));
@@ -75,11 +76,13 @@ inline void store_narrow_fp16(uint16_t* dst, Vec v) {
 inline void store_codes(uint8_t* dst, const IntVec (&v)[32 / kLanes], int32_t offset) {
   const IntVec shift = broadcast_int(offset);
   for (int i = 0; i < 2; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst) + i, _mm512_cvtepi32_epi8(add_int(v[i], shift)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst) + i,
+                     _mm512_cvtepi32_epi8(add_int(v[i], shift)));
   }
 }
 
-// One Hadamard stage inside the vector: lanes i and i + d become (u + v, u - v). u - v is taken as u + (-v).
+// One Hadamard stage inside the vector: lanes i and i + d become (u + v, u - v). u - v is taken as
+// u + (-v).
 template <int kDistance>
 inline Vec stage(Vec swapped, Vec own) {
   constexpr __mmask16 kUpper = kDistance == 1   ? 0xaaaa
