@@ -1,4 +1,4 @@
-"""``python -m kt_kernel.collect_env [--json]``: machine, instruction sets, limits, versions, kernels; for bug reports."""
+"""``python -m kt_kernel.collect_env [--json]``: machine, ISA, limits, versions, kernels, for bug reports."""
 
 from __future__ import annotations
 

@@ -51,10 +51,10 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "microseconds an idle worker spins before it sleeps",
     ),
     EnvironmentVariable(
-        "KT_BUILD_DIR",
-        "a temporary folder",
-        "setup.py",
-        "folder CMake builds in, kept for the next build (build time only)",
+        "KT_DEMO_DIR",
+        "`.demo` in the clone",
+        "scripts/quickstart.sh",
+        "folder of the demo model and its converted experts",
     ),
     EnvironmentVariable(
         "KT_TORCH_VERSION",

@@ -19,7 +19,7 @@ from kt_kernel.progress import Progress
 logger = logging.getLogger("kt_kernel.loader")
 
 # Source bytes quantized by one call of the pool: enough to keep every thread busy, little beside a layer.
-_BATCH_BYTES = 128 << 20
+_BATCH_BYTES = 64 << 20
 
 
 class ExpertSource(Protocol):

@@ -60,6 +60,7 @@ class PackedWriter:
         self, folder: Path, description: PackedDescription, progress: Callable[[int], None] = lambda num_bytes: None
     ) -> None:
         self.folder = folder
+        self.manifest: dict = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
@@ -158,7 +159,6 @@ class PackedWriter:
         self.manifest["copied_files"] = dict(sorted(copied_files.items()))
         self.manifest["complete"] = True
         self._write_manifest()
-        (self.folder / _STATE).unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
         write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest))
@@ -178,8 +178,10 @@ class PackedWriter:
         write_atomically(self.folder / _STATE, json.dumps(state).encode())
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder; the hashes of the source are only kept for a run that goes on."""
         if self._lock_fd >= 0:
+            if self.manifest.get("complete"):
+                (self.folder / _STATE).unlink(missing_ok=True)
             (self.folder / _LOCK).unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = -1

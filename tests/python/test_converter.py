@@ -1,0 +1,289 @@
+"""The converter: same bytes for any number of threads and kills, its command line, its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_experts, write_checkpoint
+
+from kt_kernel import converter
+from kt_kernel.convert_command import main
+from kt_kernel.packed_folder import read_manifest, verify
+
+E, H, INNER = 4, 64, 48
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_cpu_weights.py"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    layers = {layer: random_experts(E, H, INNER, seed=layer) for layer in (1, 2, 4)}
+    folder = write_checkpoint(tmp_path / "source", layers, num_shards=2)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def run(source: Path, output: Path, *flags: str, input_type: str = "bf16") -> int:
+    return main(["-i", str(source), "--input-type", input_type, "-o", str(output), *flags])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
+def test_the_bytes_do_not_depend_on_threads_or_nodes(source: Path, tmp_path: Path, quant: str) -> None:
+    assert run(source, tmp_path / "one", "--quant-method", quant, "--cpuinfer-threads", "1") == 0
+    assert run(source, tmp_path / "four", "--quant-method", quant, "--threadpool-count", "8") == 0
+    found = contents(tmp_path / "one")
+    assert found == contents(tmp_path / "four")
+    assert set(found) == {
+        *(f"kt-layer-{layer:05d}.safetensors" for layer in (1, 2, 4)),
+        *("manifest.json", "config.json", "tokenizer.json"),
+    }
+
+
+def test_the_incumbents_command_line_works(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    flags = (
+        "--quant-method int8 --cpuinfer-threads 60 --threadpool-count 2 --gpu --no-merge-safetensor --resume-layer 1"
+    )
+    assert (
+        main(["--input-path", str(source), "--input-type", "bf16", "--output", str(tmp_path / "o"), *flags.split()])
+        == 0
+    )
+    notes = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert len(notes) == 4 and all("\n" not in note for note in notes)
+    assert "cut to the" in caplog.text and "complete: 3 layers" in caplog.text
+    assert "layer 4 (3/3)" in caplog.text and "GB/s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("group", "layout"),
+    [("64", "int4g64_n64k8_r512_v1"), ("0", "int4_n64k8_r512_v1"), ("-1", "int4_n64k8_r512_v1")],
+)
+def test_group_sizes(source: Path, tmp_path: Path, group: str, layout: str) -> None:
+    assert run(source, tmp_path / "o", "--group-size", group) == 0
+    assert read_manifest(tmp_path / "o")["layout"] == layout
+    assert verify(tmp_path / "o") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_float_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = write_checkpoint(tmp_path / "source", {0: random_experts(E, H, INNER, dtype=dtype)})
+    name = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    assert run(source, tmp_path / "o", input_type=name) == 0
+    assert read_manifest(tmp_path / "o")["input_type"] == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--input-type", "fp8"], "--input-type fp8 is not supported by this version"),
+        (["--input-type", "awq"], "--input-type awq is not supported by this version"),
+        (["--input-type", "fp16"], "are bf16; give --input-type bf16"),
+        (["--quant-method", "awq"], "--quant-method awq is not supported"),
+        (["--quant-method", "moe_int8"], "--quant-method moe_int8 is not supported"),
+        (["--group-size", "48"], "48 is no multiple of 32"),
+        (["--quant-method", "int8", "--group-size", "64"], "AMXINT8 has no groups"),
+        (["--cpuinfer-threads", "0"], "--cpuinfer-threads is 0"),
+        (["--save-backward-weights"], "fine-tuning"),
+        (["-i", "/nowhere/model"], "/nowhere/model does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], words: str
+) -> None:
+    assert run(source, tmp_path / "o", *flags) == 1
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and words in errors[0] and "\n" not in errors[0]
+    assert not (tmp_path / "o").exists()
+
+
+def test_missing_flags_and_the_source_as_output(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main([]) == 1
+    assert "--input-path and --input-type and --output must be given" in caplog.text
+    before = contents(source)
+    assert run(source, source) == 1
+    assert "is the checkpoint itself" in caplog.text and contents(source) == before
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experts = random_experts(E, H, INNER)
+    experts.down[2, 5, 6] = float("inf")
+    source = write_checkpoint(tmp_path / "source", {0: experts})
+    assert run(source, tmp_path / "o") == 1
+    assert "model.layers.0.mlp.experts.2.down_proj.weight cannot be packed" in caplog.text
+    assert not list((tmp_path / "o").glob("*.safetensors*"))
+
+
+def test_verify_by_command_line(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = tmp_path / "o"
+    assert run(source, output) == 0
+    assert main(["--verify", str(output)]) == 0
+    assert main(["--verify", "-o", str(output)]) == 0
+    path = output / "kt-layer-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(["--verify", str(output)]) == 1
+    assert f"tensor experts.3.w2 of {path} does not match" in caplog.text
+    assert main(["--verify", str(source)]) == 1
+    assert main(["--verify"]) == 1
+
+
+# --- resuming ---
+
+
+class Killed(BaseException):
+    """Stands for the end of the process, at a place a signal could hit."""
+
+
+@pytest.mark.parametrize("place", ["SafetensorsWriter.commit", "PackedWriter._write_manifest", "LayerWriter.write"])
+@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_at_every_step_costs_one_layer_at_most(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, moment: int, before: bool
+) -> None:
+    from kt_kernel import packed_writer
+
+    assert run(source, tmp_path / "whole") == 0
+    owner, name = place.split(".")
+    real = getattr(getattr(packed_writer, owner), name)
+    left = [moment]
+
+    def dying(*args):
+        left[0] -= 1
+        if left[0] < 0 and before:
+            raise Killed
+        result = real(*args)
+        if left[0] < 0:
+            raise Killed
+        return result
+
+    output = tmp_path / "o"
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(packed_writer, owner), name, dying)
+        with pytest.raises(Killed):
+            run(source, output, "--cpuinfer-threads", "1")
+    # What a real kill leaves besides: a part file and the lock.
+    (output / "kt-layer-00004.safetensors.part").write_bytes(b"half")
+    (output / ".kt-convert.lock").touch()
+    finished = len(read_manifest(output)["layers"])
+    result = converter.convert(
+        converter.ConvertOptions(
+            input_path=str(source), output=output, method=converter.Method("AMXINT4", "int4g32_n64k8_r512_v1", "")
+        )
+    )
+    assert result.resumed_layers == finished
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_sigkill_at_random_moments_then_resume_is_byte_identical(tmp_path: Path) -> None:
+    layers = {layer: random_experts(8, 512, 512, seed=layer) for layer in range(4)}
+    source = write_checkpoint(tmp_path / "source", layers, num_shards=3)
+    assert run(source, tmp_path / "whole") == 0
+    output = tmp_path / "o"
+    generator = random.Random(11)
+    command = [sys.executable, str(SCRIPT), "-i", str(source), "--input-type", "bf16", "-o", str(output)]
+    kills = 0
+    for layer in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            # A random moment while this layer is being written, if it is still to come.
+            part = output / f"kt-layer-{layer:05d}.safetensors.part"
+            while process.poll() is None and not part.exists():
+                time.sleep(0.002)
+            time.sleep(generator.random() * 0.2)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        finally:
+            process.wait()
+    assert kills >= 3, "the kills must hit running conversions"
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(output) == contents(tmp_path / "whole")
+    assert verify(output) == []
+
+
+def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert run(source, tmp_path / "o") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    assert run(source, tmp_path / "o") == 0
+    assert "3 from an earlier run" in caplog.text
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()} == before
+
+
+def test_a_damaged_layer_is_made_again(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(source, tmp_path / "o") == 0
+    whole = contents(tmp_path / "o")
+    path = tmp_path / "o" / "kt-layer-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 16
+    path.write_bytes(data)
+    (tmp_path / "o" / "kt-layer-00004.safetensors").unlink()
+    assert run(source, tmp_path / "o") == 0
+    assert "tensor experts.3.w2" in caplog.text and "Layer 4 is converted again" in caplog.text
+    assert contents(tmp_path / "o") == whole
+
+
+def test_another_conversion_is_not_resumed(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = tmp_path / "o"
+    assert run(source, output) == 0
+    before = contents(output)
+    assert run(source, output, "--quant-method", "int8") == 1
+    assert 'begun with method "AMXINT4" and this run has "AMXINT8"' in caplog.text
+    assert run(source, output, "--group-size", "64") == 1
+    assert "begun with layout" in caplog.text
+    other = write_checkpoint(tmp_path / "other", {1: random_experts(E, H, INNER)})
+    assert run(other, output) == 1
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"note": 1}))
+    assert run(source, output) == 1
+    assert "config_sha256" in caplog.text
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_source_of_equal_size_and_other_weights_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: bool
+) -> None:
+    output = tmp_path / "o"
+    if finished:
+        assert run(source, output) == 0
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(converter.PackedWriter, "finish", lambda *args: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                run(source, output)
+    path = source / "model-00002-of-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert run(source, output) == 1
+    assert "model-00002-of-00002.safetensors has changed since" in caplog.text
+
+
+def test_memory_is_a_few_experts(tmp_path: Path) -> None:
+    # 24 experts of 6 MiB: were they all held, bf16 and packed, it would be 200 MB.
+    source = write_checkpoint(tmp_path / "source", {0: random_experts(24, 1024, 1024)})
+    code = (
+        "import resource, sys, torch\n"
+        "from kt_kernel.convert_command import main\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        f"assert main(['-i', {str(source)!r}, '--input-type', 'bf16', '-o', {str(tmp_path / 'o')!r},"
+        " '--quant-method', 'int8', '--cpuinfer-threads', '2']) == 0\n"
+        "print(peak() - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 80_000
