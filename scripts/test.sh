@@ -58,7 +58,7 @@ cpp_build() {
   shift
   logged "configure-$name" cmake -S . -B "build/$name" -G Ninja \
     -DKT_BUILD_TESTS=ON "$@" &&
-    logged "build-$name" cmake --build "build/$name" -j "$jobs" --target $targets
+    logged "build-$name" cmake --build "build/$name" -j "$jobs" --target $targets -- -k 0
 }
 
 # cpp_run NAME CTEST_OPTIONS...: every test of build/NAME; what it prints is kept for the totals.
