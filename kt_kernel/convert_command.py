@@ -173,3 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted; start the same command again to go on.")
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
