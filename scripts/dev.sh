@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 jobs=$(nproc)
 python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
 
+sanitizer=(-DCMAKE_BUILD_TYPE=Sanitizer "-DCMAKE_CXX_FLAGS=-O1 -Wno-maybe-uninitialized")
+
 # cpp_tests NAME CMAKE_OPTIONS...: configures and builds the C++ tests in build/NAME.
 cpp_tests() {
   local name=$1
@@ -29,12 +31,12 @@ task_test() { ## build and run the C++ tests on every tier, then pytest without 
 }
 
 task_asan() { ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-  cpp_tests asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=address
+  cpp_tests asan "${sanitizer[@]}" -DKT_SANITIZE=address
   ctest --test-dir build/asan --output-on-failure -j "$jobs" "$@"
 }
 
 task_tsan() { ## run the tests of the pool and the stream under ThreadSanitizer
-  cpp_tests tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=thread
+  cpp_tests tsan "${sanitizer[@]}" -DKT_SANITIZE=thread
   ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream' "$@"
 }
 

@@ -100,9 +100,11 @@ if stage "set-up" ./install.sh --test --editable --venv .venv; then
   if setarch -R true 2>/dev/null; then prefix=(setarch -R); fi
   export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
   export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
-  cpp asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=address
+  # -O1 compiles in half the time; its extra code makes gcc 12 see uninitialized members inside the C++ library
+  sanitizer=(-DCMAKE_BUILD_TYPE=Sanitizer "-DCMAKE_CXX_FLAGS=-O1 -Wno-maybe-uninitialized")
+  cpp asan "${sanitizer[@]}" -DKT_SANITIZE=address
   targets='test_worker_pool test_cpu_stream'
-  cpp tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=thread -- -R 'worker_pool|cpu_stream'
+  cpp tsan "${sanitizer[@]}" -DKT_SANITIZE=thread -- -R 'worker_pool|cpu_stream'
   prefix=()
   stage "pytest ${selection:+(-m \"$selection\")}" run_pytest
 fi
