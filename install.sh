@@ -198,8 +198,6 @@ make_environment() {
   mkdir -p "$stamps"
   # A clone's own environment cannot outlive the clone, and Python started in the clone imports ./kt_kernel anyway.
   if [[ -z $editable ]]; then [[ $prefix == "$own" ]] && editable=1 || editable=0; fi
-  "$python" -m pip --version >/dev/null 2>&1 ||
-    step "pip" "install pip into $prefix" "$python" -m ensurepip
 }
 
 # PyPI's kt-kernel installs the same folder kt_kernel/ and would overwrite ours, or we its.
@@ -310,6 +308,7 @@ install_missing
 check_versions
 make_environment
 refuse_other_kt_kernel
+"$python" -m pip --version >/dev/null 2>&1 || step "pip" "install pip into $prefix" "$python" -m ensurepip
 say "Python $("$python" -c 'import platform; print(platform.python_version())') in $prefix; ${CXX:-g++} $("${CXX:-g++}" -dumpfullversion -dumpversion); $cuda_text"
 install_torch
 requirements build requirements/build.txt
