@@ -34,7 +34,12 @@ Engine::~Engine() {
   stream_.reset();  // runs what is queued while the pool still stands
 }
 
-void Engine::run(std::function<void()> job) { stream_->wait(stream_->submit(std::move(job))); }
+void Engine::run(std::function<void()> job) {
+  stream_->run([this, &job] {
+    const WorkerPool::CallerPin pin(*pool_);
+    job();
+  });
+}
 
 EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)
     : engine(std::move(layer_engine)),

@@ -13,7 +13,8 @@
 
 namespace kt {
 
-// One worker pool, one in-order stream whose thread is worker 0, and the scratch of all layers.
+// One worker pool, one in-order stream whose jobs are worker 0 (on its own thread or on a waiting caller's), and the
+// scratch of all layers.
 //
 // Threads   stream().submit() from any thread; everything that runs on the pool goes through the stream.
 // Lifetime  layers hold their engine; the destructor waits for queued jobs.
@@ -31,7 +32,8 @@ class Engine {
   const Topology& topology() const { return topology_; }
   const std::vector<std::string>& warnings() const { return warnings_; }
 
-  // Runs `job` on the stream and returns when it is done; its error is thrown here.
+  // Runs `job` in the order of the stream, on the calling thread (pinned meanwhile) where the stream is idle, and returns
+  // when it is done; its error is thrown here.
   void run(std::function<void()> job);
 
  private:

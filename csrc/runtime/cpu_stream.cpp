@@ -25,11 +25,17 @@ constexpr int kSpinUs = 4;
 // the mutex, or the woken thread would run into it. Who waits reads the word first and the state
 // after it: a change behind that look ends the wait at once.
 struct CpuStream::State {
+  struct Job {
+    uint64_t ticket = 0;
+    std::function<void()> body;
+  };
+
   void run_jobs();
-  void run_one(uint64_t ticket, std::function<void()> job);
+  void run_one(Job job);
 
   std::mutex mutex;
-  std::deque<std::function<void()>> jobs;         // guarded by mutex
+  std::deque<Job> jobs;                           // guarded by mutex
+  bool caller_runs = false;                       // guarded by mutex: a job of run() is on its way
   std::map<uint64_t, std::exception_ptr> errors;  // guarded by mutex
   uint64_t num_submitted = 0;                     // guarded by mutex
   bool stopping = false;                          // guarded by mutex
@@ -37,42 +43,44 @@ struct CpuStream::State {
   ParkingWord work;     // a job was queued, or stopping
   ParkingWord done;     // a job is done
   std::atomic<uint64_t> num_completed{0};
+  std::atomic<std::thread::id> runner{};  // the thread a job runs on now
   std::thread thread;
 };
 
-void CpuStream::State::run_one(uint64_t ticket, std::function<void()> job) {
+void CpuStream::State::run_one(Job job) {
   std::exception_ptr error;
+  runner.store(std::this_thread::get_id(), std::memory_order_relaxed);
   try {
-    job();
+    job.body();
   } catch (...) {
     error = std::current_exception();
   }
+  runner.store({}, std::memory_order_relaxed);
   // what the closure holds is released before anybody learns that it is done
-  job = nullptr;
+  job.body = nullptr;
   if (error) {
     const std::lock_guard<std::mutex> lock(mutex);
-    errors.emplace(ticket, std::move(error));
+    errors.emplace(job.ticket, std::move(error));
   }
-  num_completed.store(ticket, std::memory_order_release);
+  num_completed.store(job.ticket, std::memory_order_release);
   done.advance();
 }
 
 void CpuStream::State::run_jobs() {
-  uint64_t ticket = 0;
   while (true) {
     const uint32_t seen = work.load();
-    std::function<void()> job;
+    Job job;
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      if (!jobs.empty()) {
+      if (!jobs.empty() && !caller_runs) {
         job = std::move(jobs.front());
         jobs.pop_front();
-      } else if (stopping) {
+      } else if (stopping && jobs.empty()) {
         return;
       }
     }
-    if (job) {
-      run_one(++ticket, std::move(job));
+    if (job.body) {
+      run_one(std::move(job));
     } else {
       work.wait_while(seen, kSpinUs);
     }
@@ -113,11 +121,37 @@ uint64_t CpuStream::submit(std::function<void()> job) {
   uint64_t ticket = 0;
   {
     const std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->jobs.push_back(std::move(job));
     ticket = ++state_->num_submitted;
+    state_->jobs.push_back({ticket, std::move(job)});
   }
   state_->work.advance();
   return ticket;
+}
+
+void CpuStream::run(std::function<void()> job) {
+  KT_CHECK(job != nullptr, "The job given to CpuStream::run() is empty; give a callable.");
+  State& state = *state_;
+  uint64_t ticket = 0;
+  {
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    if (state.num_completed.load(std::memory_order_acquire) == state.num_submitted) {
+      ticket = ++state.num_submitted;
+      state.caller_runs = true;
+    }
+  }
+  if (ticket == 0) {
+    wait(submit(std::move(job)));
+    return;
+  }
+  state.run_one({ticket, std::move(job)});
+  bool more = false;
+  {
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    state.caller_runs = false;
+    more = !state.jobs.empty() || state.stopping;
+  }
+  if (more) state.work.advance();
+  wait(ticket);
 }
 
 void CpuStream::wait(uint64_t ticket) {
@@ -131,7 +165,7 @@ void CpuStream::wait(uint64_t ticket) {
   const auto is_done = [&] {
     return state.num_completed.load(std::memory_order_acquire) >= ticket;
   };
-  KT_CHECK(is_done() || std::this_thread::get_id() != state.thread.get_id(),
+  KT_CHECK(is_done() || std::this_thread::get_id() != state.runner.load(std::memory_order_relaxed),
            "A job of the stream waits for ticket " << ticket
                                                    << ", which runs after it: this never ends.");
   while (true) {

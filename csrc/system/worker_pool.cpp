@@ -333,6 +333,24 @@ void WorkerPool::adopt_current_thread() const {
   if (slot.bind_node >= 0) prefer_node_for_thread(slot.bind_node);
 }
 
+struct WorkerPool::CallerPin::Affinity {
+  cpu_set_t cpus;
+};
+
+WorkerPool::CallerPin::CallerPin(const WorkerPool& pool) {
+  const int cpu = pool.state_->slots[0].cpu;
+  // CPUs past the fixed set (1024): left to the scheduler
+  if (cpu < 0 || cpu >= CPU_SETSIZE) return;
+  auto before = std::make_unique<Affinity>();
+  if (sched_getaffinity(0, sizeof before->cpus, &before->cpus) != 0) return;
+  if (CPU_COUNT(&before->cpus) == 1 && CPU_ISSET(cpu, &before->cpus)) return;
+  if (pin_thread(pthread_self(), cpu) == 0) before_ = std::move(before);
+}
+
+WorkerPool::CallerPin::~CallerPin() {
+  if (before_ != nullptr) sched_setaffinity(0, sizeof before_->cpus, &before_->cpus);
+}
+
 int WorkerPool::num_parked() const {
   int parked = 0;
   for (const ParkingWord& word : state_->steps) parked += word.num_parked();

@@ -52,6 +52,20 @@ class WorkerPool {
   // Pins the calling thread as worker 0 (affinity and memory policy), if the plan pins.
   void adopt_current_thread() const;
 
+  // Pins the calling thread as worker 0 while it lives, then gives its affinity back: for a caller of run() that is not the
+  // pool's own thread. Two or three system calls, about 1 us; none where the plan does not pin.
+  class CallerPin {
+   public:
+    explicit CallerPin(const WorkerPool& pool);
+    ~CallerPin();
+    CallerPin(const CallerPin&) = delete;
+    CallerPin& operator=(const CallerPin&) = delete;
+
+   private:
+    struct Affinity;
+    std::unique_ptr<Affinity> before_;  // null: nothing to give back
+  };
+
   // Threads now parked (for tests: an idle pool has num_threads() - 1).
   int num_parked() const;
 

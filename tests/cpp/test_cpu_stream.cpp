@@ -214,6 +214,71 @@ TEST(CpuStream, AnErrorOfThreadStartIsThrownByTheConstructor) {
   EXPECT_THROW(CpuStream stream([] { throw std::runtime_error("no"); }), std::runtime_error);
 }
 
+TEST(CpuStream, RunUsesTheCallingThreadOfAnIdleStream) {
+  CpuStream stream;
+  std::thread::id ran_on;
+  stream.run([&] { ran_on = std::this_thread::get_id(); });
+  EXPECT_EQ(ran_on, std::this_thread::get_id());
+  EXPECT_EQ(stream.completed(), 1u);
+  EXPECT_EQ(stream.submit([] {}), 2u);
+  EXPECT_THROW(stream.run([] { throw std::runtime_error("planned"); }), std::runtime_error);
+  EXPECT_NO_THROW(stream.run([] {}));
+}
+
+TEST(CpuStream, RunWaitsItsTurnBehindQueuedJobs) {
+  CpuStream stream;
+  std::vector<int> order;
+  stream.submit([&] {
+    std::this_thread::sleep_for(milliseconds(20));
+    order.push_back(1);
+  });
+  stream.run([&] { order.push_back(2); });
+  EXPECT_EQ(order, (std::vector<int>{1, 2}));
+}
+
+TEST(CpuStream, WhatIsSubmittedDuringARunComesAfterIt) {
+  CpuStream stream;
+  std::vector<int> order;
+  uint64_t later = 0;
+  stream.run([&] {
+    std::thread([&] { later = stream.submit([&] { order.push_back(2); }); }).join();
+    std::this_thread::sleep_for(milliseconds(20));
+    order.push_back(1);
+  });
+  stream.wait(later);
+  EXPECT_EQ(order, (std::vector<int>{1, 2}));
+}
+
+TEST(CpuStream, ARunInsideARunIsAnError) {
+  CpuStream stream;
+  stream.run([&] { EXPECT_THROW(stream.run([] {}), Error); });
+}
+
+TEST(CpuStream, SeveralThreadsRunAndSubmitOneAtATime) {
+  CpuStream stream;
+  int inside = 0;
+  int total = 0;
+  const auto body = [&] {
+    EXPECT_EQ(++inside, 1);
+    ++total;
+    --inside;
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 200; ++i) {
+        if ((i + t) % 3 == 0) {
+          stream.wait(stream.submit(body));
+        } else {
+          stream.run(body);
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(total, 600);
+}
+
 TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
   const auto cpu_seconds = [] {
     rusage usage;

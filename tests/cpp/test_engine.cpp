@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <thread>
 
@@ -22,19 +23,35 @@ MoeConfig small_config() {
   return config;
 }
 
-TEST(Engine, RunsJobsOnOneThreadInOrder) {
+TEST(Engine, RunsOnTheCallerAndGivesItsAffinityBack) {
   Engine engine(1, 1, {});
-  std::vector<int> order;
-  std::thread::id first;
-  for (int i = 0; i < 5; ++i) {
-    engine.run([&, i] {
-      if (i == 0) first = std::this_thread::get_id();
-      EXPECT_EQ(std::this_thread::get_id(), first);
-      order.push_back(i);
-    });
+  cpu_set_t before;
+  cpu_set_t inside;
+  cpu_set_t after;
+  ASSERT_EQ(sched_getaffinity(0, sizeof before, &before), 0);
+  std::thread::id thread;
+  engine.run([&] {
+    thread = std::this_thread::get_id();
+    sched_getaffinity(0, sizeof inside, &inside);
+  });
+  ASSERT_EQ(sched_getaffinity(0, sizeof after, &after), 0);
+  EXPECT_EQ(thread, std::this_thread::get_id());
+  const int cpu = engine.pool().plan().nodes[0].cpus[0];
+  if (cpu >= 0) {
+    EXPECT_EQ(CPU_COUNT(&inside), 1);
+    EXPECT_TRUE(CPU_ISSET(cpu, &inside));
   }
-  EXPECT_EQ(order, (std::vector<int>{0, 1, 2, 3, 4}));
-  EXPECT_NE(first, std::this_thread::get_id());
+  EXPECT_TRUE(CPU_EQUAL(&before, &after));
+}
+
+TEST(Engine, KeepsTheOrderOfItsStream) {
+  Engine engine(2, 1, {});
+  std::vector<int> order;
+  for (int i = 0; i < 100; i += 2) {
+    engine.stream().submit([&order, i] { order.push_back(i); });
+    engine.run([&order, i] { order.push_back(i + 1); });
+  }
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(order[i], i);
 }
 
 TEST(Engine, ThrowsTheErrorOfAJob) {
