@@ -193,16 +193,19 @@ def test_sigkill_at_random_moments_then_resume_is_byte_identical(tmp_path: Path)
     assert run(source, tmp_path / "whole") == 0
     output = tmp_path / "o"
     generator = random.Random(11)
+    # One thread: a layer takes a tenth of a second, longer than the longest wait below.
     command = [sys.executable, str(SCRIPT), "-i", str(source), "--input-type", "bf16", "-o", str(output)]
+    command += ["--cpuinfer-threads", "1"]
     kills = 0
     for layer in range(4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             # A random moment while this layer is being written, if it is still to come.
-            part = output / f"kt-layer-{layer:05d}.safetensors.part"
-            while process.poll() is None and not part.exists():
-                time.sleep(0.002)
-            time.sleep(generator.random() * 0.2)
+            final = output / f"kt-layer-{layer:05d}.safetensors"
+            part = final.with_name(final.name + ".part")
+            while process.poll() is None and not (part.exists() or final.exists()):
+                time.sleep(0.001)
+            time.sleep(generator.random() * 0.05)
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
