@@ -58,7 +58,7 @@ def read_kernels(text: str) -> list[KernelRow]:
     """Rows of kernels.inc, in its order."""
     text = re.sub(r"//[^\n]*|(?m:^\s*#.*$)", "", text)
     rows = []
-    for macro, arguments in re.findall(r"KT_(GEMM|ROWWISE|EXPAND)\(([^()]*)\)", text):
+    for macro, arguments in re.findall(r"\bKT_([A-Z_]+)\(([^()]*)\)", text):
         fields = [" ".join(field.split()) for field in arguments.split(",")]
         needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
         if macro == "GEMM":

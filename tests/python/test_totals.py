@@ -75,9 +75,42 @@ def test_another_skip_fails_the_run(tmp_path: Path, name: str, reason: str) -> N
     assert (code, lines[-1]) == (1, "1 passed, 1 failed, 0 skipped")
 
 
-def test_skips_inside_a_cpp_program_are_seen(tmp_path: Path) -> None:
-    output = "[ RUN      ] A.b\\ntest.cpp:3: Skipped\\nno reason\\n[  SKIPPED ] A.b (0 ms)".replace("\\n", "\n")
-    case = f'<testcase name="test_a" status="run"><system-out>{output}</system-out></testcase>'
-    code, lines = totals(tmp_path, PASSED, case)
+def program(name: str, *lines: str, status: str = "run") -> str:
+    output = "\n".join(lines)
+    return f'<testcase name="{name}" status="{status}"><system-out>{output}</system-out></testcase>'
+
+
+SKIP = (
+    "[ RUN      ] A.b/x_avx2",
+    "test.cpp:3: Skipped",
+    "x_avx2 needs avx2",
+    "[  SKIPPED ] A.b/x_avx2, where GetParam() = x (0 ms)",
+)
+
+
+def test_cases_of_a_cpp_program_are_counted(tmp_path: Path) -> None:
+    lines = ("[       OK ] A.a (0 ms)", "[       OK ] A.c (12 ms)", "[  FAILED  ] A.d (0 ms)", "[  FAILED  ] A.d")
+    code, lines = totals(tmp_path, PASSED, program("test_a", *lines, status="fail"))
+    assert (code, lines) == (1, ["failed   ctest-test: test_a A.d", "3 passed, 1 failed, 0 skipped"])
+
+
+def test_a_crash_is_a_failure(tmp_path: Path) -> None:
+    code, lines = totals(tmp_path, PASSED, program("test_a", "[       OK ] A.a (0 ms)", status="fail"))
     assert (code, lines[-1]) == (1, "2 passed, 1 failed, 0 skipped")
-    assert "A.b: no reason" in lines[0]
+
+
+def test_a_skip_inside_a_cpp_program_is_seen(tmp_path: Path) -> None:
+    code, lines = totals(tmp_path, PASSED, program("test_a", *SKIP))
+    assert (code, lines[-1]) == (1, "1 passed, 1 failed, 0 skipped")
+    assert "test_a A.b/x_avx2: x_avx2 needs avx2" in lines[0]
+
+
+def test_a_kernel_the_host_cannot_run_is_an_allowed_skip(tmp_path: Path) -> None:
+    code, lines = totals(tmp_path, PASSED, program("test_kernels.reference", *SKIP))
+    assert (code, lines[-1]) == (0, "1 passed, 0 failed, 1 skipped")
+
+
+def test_a_case_that_passed_on_another_tier_is_no_skip(tmp_path: Path) -> None:
+    other = program("test_a.avx2", "[       OK ] A.b/x_avx2 (3 ms)")
+    code, lines = totals(tmp_path, PASSED, program("test_a.reference", *SKIP) + other)
+    assert (code, lines) == (0, ["2 passed, 0 failed, 0 skipped"])
