@@ -40,6 +40,11 @@ task_tsan() { ## run the tests of the pool and the stream under ThreadSanitizer
   ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream' "$@"
 }
 
+task_bench() { ## build and run the kernel bench; more arguments go to it
+  cpp_tests test -DCMAKE_BUILD_TYPE=Release -DKT_BUILD_BENCHES=ON
+  build/test/bench_kernels "$@"
+}
+
 task_lint() { ## ruff on Python, clang-format (if installed) on C++, bash -n on shell
   "$python" -m ruff check .
   if command -v clang-format >/dev/null; then

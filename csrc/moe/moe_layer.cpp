@@ -12,7 +12,7 @@ namespace kt {
 namespace {
 
 // Tokens of one pass. Bounds the scratch (rows x intermediate_size x 4 bytes: 268 MB for DeepSeek-V3) while every expert
-// still sees the 100-200 rows from which weights are read once for free (kernels.md 2.3).
+// still sees the 100-200 rows from which weights are read once for free.
 constexpr int kMaxPassTokens = 4096;
 
 int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }

@@ -30,7 +30,7 @@ class WorkSplit {
  private:
   int64_t unit_at_cost(int64_t cost) const;
 
-  // 1/8 left to the tail: kernels.md 6.2 asks for 10-15 %. One unit is then the largest imbalance.
+  // 1/8 left to the tail, enough for the noise of a shared host. One unit is then the largest imbalance.
   static constexpr int64_t kTailDivisor = 8;
 
   std::vector<int64_t> cost_before_;  // by item: cost of all panels of earlier items; one more entry: the total

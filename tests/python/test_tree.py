@@ -376,6 +376,15 @@ def test_no_notes_to_self() -> None:
     assert not findings, findings
 
 
+def test_documents_named_in_the_code_are_in_the_tree() -> None:
+    findings = []
+    for path in source_files():
+        for name in re.findall(r"\b[\w/-]+\.md\b", path.read_text()):
+            if not any((folder / name).exists() for folder in (ROOT, ROOT / "docs")):
+                findings.append(f"{relative(path)}: {name}")
+    assert not findings, findings
+
+
 # README.
 
 

@@ -6,7 +6,7 @@
 namespace kt {
 
 uint64_t peak_probe_int8_avx512vnni(int64_t iterations) {
-  // not __m512i: kernels.md 6.6, more than 16 such accumulators spill
+  // not __m512i: more than 16 such accumulators spill
   typedef int32_t Int32x16 __attribute__((vector_size(64)));
   Int32x16 sum[24] = {};
   __m512i a = _mm512_set1_epi8(3);
