@@ -1,7 +1,7 @@
 """Tiny MoE checkpoints with random weights and a byte-level tokenizer, written by the tests themselves.
 
-The initialisation std is 0.02: rounding alone then moves log-probabilities by about 0.002 nats while a wrong expert
-moves them by ten times that, so that a comparison of log-probabilities can tell the two apart.
+The initialisation std is 0.02, and down of the experts four times that, so that the experts are a large part of the
+output: rounding alone then moves log-probabilities by about 0.002 nats, a dropped expert by more than ten times as much.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 VOCAB_SIZE = 320
 INIT_STD = 0.02
+EXPERT_DOWN_STD = 0.08
+ROUTER_STD = 0.1  # far enough apart that the router's choice seldom hangs on a rounding
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class TinyModel:
     name: str
     architecture: str
     model_type: str
-    num_experts: int = 16
-    top_k: int = 4
+    num_experts: int = 8
+    top_k: int = 2
     hidden_size: int = 256
     intermediate_size: int = 128
     num_layers: int = 3
@@ -132,13 +134,14 @@ QWEN3_MOE = TinyModel(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    extra={"num_experts": 16, "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 512},
+    extra={"num_experts": 8, "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 512},
 )
 QWEN3_MOE_40 = TinyModel(
     name="qwen3_moe_40",
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     num_experts=40,
+    top_k=4,
     num_layers=2,
     extra={"num_experts": 40, "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 512},
 )
@@ -147,7 +150,7 @@ DEEPSEEK_V2 = TinyModel(
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
     extra={
-        "n_routed_experts": 16,
+        "n_routed_experts": 8,
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
@@ -180,22 +183,21 @@ MIXTRAL = TinyModel(
     name="mixtral",
     architecture="MixtralForCausalLM",
     model_type="mixtral",
-    num_experts=8,
-    top_k=2,
     extra={"num_local_experts": 8, "intermediate_size": 128, "sliding_window": None},
 )
 
 
 def random_tensors(model: TinyModel, *, seed: int = 0) -> dict[str, Tensor]:
-    """Return every tensor of `model` in bf16: normal with std 0.02, norms 1."""
+    """Return every tensor of `model` in bf16: normal, norms 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in model.shapes():
         if len(shape) == 1:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            # a router needs rows apart enough for its choice not to hang on a rounding
-            std = 0.1 if name.endswith("gate.weight") else INIT_STD
+            std = ROUTER_STD if name.endswith(".gate.weight") else INIT_STD
+            if ".experts." in name and shape[0] == model.hidden_size:
+                std = EXPERT_DOWN_STD
             tensors[name] = (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
     return tensors
 
@@ -232,6 +234,23 @@ def swap_experts(model: TinyModel, tensors: dict[str, Tensor], first: int, secon
         names = zip(model.expert_names(layer, first), model.expert_names(layer, second), strict=True)
         for a, b in names:
             changed[a], changed[b] = tensors[b].clone(), tensors[a].clone()
+    return changed
+
+
+def dequantized(model: TinyModel, tensors: dict[str, Tensor], method: str) -> dict[str, Tensor]:
+    """Return `tensors` with every expert quantized as `method` does and dequantized to bf16."""
+    from kt_kernel.methods import METHODS
+
+    layout, ops = METHODS[method].layout, torch.ops.kt_kernel
+    changed = dict(tensors)
+    for layer in model.moe_layers:
+        for expert in range(model.num_experts):
+            gate, up, down = model.expert_names(layer, expert)
+            packed, _ = ops.quantize_pack_w13(tensors[gate], tensors[up], layout)
+            pair = ops.dequantize_w13(packed, layout, model.intermediate_size, model.hidden_size)
+            changed[gate], changed[up] = (tensor.bfloat16() for tensor in pair)
+            packed, _ = ops.quantize_pack(tensors[down], layout)
+            changed[down] = ops.dequantize(packed, layout, model.hidden_size, model.intermediate_size).bfloat16()
     return changed
 
 

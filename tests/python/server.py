@@ -96,6 +96,11 @@ class Server:
         pairs = answer["meta_info"]["output_token_logprobs"]
         return {"ids": [pair[1] for pair in pairs], "logprobs": [pair[0] for pair in pairs]}
 
+    def load_weights_of(self, model: Path) -> None:
+        """Put the weights of another checkpoint of the same shapes into the running server (not under ``--kt-*``)."""
+        answer = self.post("/update_weights_from_disk", {"model_path": str(model)})
+        assert answer["success"], answer
+
     def chat(self, prompt: str, *, max_tokens: int = 32) -> str:
         """Return the greedy answer to one user message."""
         answer = self.post(
@@ -124,8 +129,9 @@ def serve(
     log_path: Path,
     environment: dict[str, str] | None = None,
     timeout: float = START_SECONDS,
+    max_total_tokens: int | None = 4096,
 ) -> Iterator[Server]:
-    """Run a server for the duration of the block.
+    """Run a server for the duration of the block; `max_total_tokens` None leaves the KV pool to the platform.
 
     Raises
     ------
@@ -133,7 +139,8 @@ def serve(
         It ended or was not ready in `timeout` seconds; the message has the end of its log.
     """
     port = free_port()
-    flags = ["--max-total-tokens", "4096", *flags] if "--max-total-tokens" not in flags else list(flags)
+    if max_total_tokens is not None:
+        flags = ["--max-total-tokens", str(max_total_tokens), *flags]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command(model, port, flags),
