@@ -44,7 +44,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         configure = [
-            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", "-DKT_BUILD_EXTENSION=ON",
+            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            "-DCMAKE_BUILD_TYPE=Release", "-DKT_BUILD_EXTENSION=ON",
             f"-DKT_TORCH_ROOT={Path(torch.__file__).parent}", f"-DKT_TORCH_VERSION={built_version}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",

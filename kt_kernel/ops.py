@@ -1,8 +1,8 @@
 """torch.ops.kt_kernel: typed entries and the fake implementations that torch.compile and opcheck use.
 
-Shapes: ``hidden_states`` ``[num_tokens, hidden_size]`` bf16, fp16 or fp32; ``topk_ids`` ``[num_tokens, top_k]`` integers,
--1 for an absent expert; ``topk_weights`` the same shape, float; ``skip`` ``[num_experts]`` bool, True for experts computed
-elsewhere, or None. All on the CPU. ``layer`` is the ``handle`` of a ``kt_kernel._ext.Layer``.
+Shapes: ``hidden_states`` ``[num_tokens, hidden_size]`` bf16, fp16 or fp32; ``topk_ids`` ``[num_tokens, top_k]``
+integers, -1 for an absent expert; ``topk_weights`` the same shape, float; ``skip`` ``[num_experts]`` bool, True for
+experts computed elsewhere, or None. All on the CPU. ``layer`` is the ``handle`` of a ``kt_kernel._ext.Layer``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def moe_forward(
 ) -> Tensor:
     """Compute the experts of one layer and wait for the result.
 
-    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = topk_ids[t, s]``, over slots whose
-    expert is neither -1 nor skipped.
+    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = topk_ids[t, s]``, over slots
+    whose expert is neither -1 nor skipped.
 
     Returns
     -------

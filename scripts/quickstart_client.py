@@ -57,7 +57,8 @@ def choose_port(wanted: int | None) -> int:
     for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED):
         if is_free(port):
             return port
-    raise RuntimeError(f"ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are in use; give a free one with --port.")
+    last = DEFAULT_PORT + PORTS_TRIED - 1
+    raise RuntimeError(f"ports {DEFAULT_PORT} to {last} are in use; give a free one with --port.")
 
 
 def is_alive(pid: int) -> bool:

@@ -1,7 +1,7 @@
 """``python -m kt_kernel.bench layer``: one MoE layer beside what this machine reads and multiplies, in one run.
 
-Every round measures the read bandwidth over the layer's own weights and then each token count once with fresh routing, so
-drift of the machine hits both sides of a ratio. The time of a forward is the one the library counts: routing,
+Every round measures the read bandwidth over the layer's own weights and then each token count once with fresh routing,
+so drift of the machine hits both sides of a ratio. The time of a forward is the one the library counts: routing,
 quantization, products and weighted sum, without Python.
 
     share of read = bytes of the distinct experts of the forward / time / read bandwidth of the round
@@ -137,7 +137,8 @@ def measure(experts: CpuExperts, shape: Shape, token_counts: list[int], rounds: 
     layer = experts.layer
     generator = torch.Generator().manual_seed(2)
     inputs = {
-        tokens: torch.randn(tokens, shape.hidden_size, generator=generator).to(torch.bfloat16) for tokens in token_counts
+        tokens: torch.randn(tokens, shape.hidden_size, generator=generator).to(torch.bfloat16)
+        for tokens in token_counts
     }
     samples: dict[int, list[tuple[float, float, float, float]]] = {tokens: [] for tokens in token_counts}
     layer.probe_read()  # first touch of the scratch, frequency, page tables
@@ -226,8 +227,8 @@ def print_table(result: dict) -> None:
         f"{result['threads']} threads on {result['nodes']} nodes; {result['kernels']}"
     )
     print(
-        f"limits in this run: read {result['read_gb_per_s']:.1f} GB/s, peak {result['peak_gops']:.0f} GOPS, dispatch and "
-        f"join {result['dispatch_ns']:.0f} ns; {100 * result['huge_page_share']:.0f} % of the weights on huge pages; "
+        f"limits in this run: read {result['read_gb_per_s']:.1f} GB/s, peak {result['peak_gops']:.0f} GOPS, dispatch "
+        f"and join {result['dispatch_ns']:.0f} ns; {100 * result['huge_page_share']:.0f} % of the weights on huge pages; "
         f"relative error {result['relative_error']:.4f}\n"
     )
     print("| tokens | rows/expert | us | GB/s | of read | GOPS | of peak | spread |")

@@ -16,7 +16,8 @@ class Shape:
 
     def cut_to(self, num_experts: int) -> Shape:
         """The same layer with fewer experts (never fewer than top_k)."""
-        return Shape(self.hidden_size, self.intermediate_size, max(min(num_experts, self.num_experts), self.top_k), self.top_k)
+        kept = max(min(num_experts, self.num_experts), self.top_k)
+        return Shape(self.hidden_size, self.intermediate_size, kept, self.top_k)
 
 
 SHAPES: dict[str, Shape] = {

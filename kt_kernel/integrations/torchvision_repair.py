@@ -16,8 +16,8 @@ def repair_torchvision() -> None:
     """Make ``import torchvision`` work where its C++ library does not fit this torch.
 
     PyPI's torchvision is a CUDA build: beside a CPU torch its library does not load, and the import then fails on
-    operators that were never declared. Declaring them is enough: SGLang and transformers import torchvision, and call none
-    of them for text models.
+    operators that were never declared. Declaring them is enough: SGLang and transformers import torchvision, and call
+    none of them for text models.
     """
     try:
         importlib.import_module("torchvision")

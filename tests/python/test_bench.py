@@ -44,7 +44,8 @@ def test_short_run_checks_its_result_and_prints_json(method):
     result = json.loads(done.stdout)
     assert [row["tokens"] for row in result["rows"]] == [1, 5]
     assert all(row["us"] > 0 and row["share_of_read"] > 0 for row in result["rows"])
-    assert 0 < result["relative_error"] < layer.CHECK_BOUND[{"AMXINT8": "int8", "AMXINT4": "int4", "BF16": "bf16"}[method]]
+    dtype = {"AMXINT8": "int8", "AMXINT4": "int4", "BF16": "bf16"}[method]
+    assert 0 < result["relative_error"] < layer.CHECK_BOUND[dtype]
     assert result["command"].startswith(f"python -m kt_kernel.bench layer --method {method}")
 
 

@@ -210,8 +210,8 @@ def check_resolved(server_args: Any, source: ExpertSource) -> None:
     """
     if server_args.ep_size > 1:
         raise ValueError(
-            f"--ep-size is {server_args.ep_size} but experts on the CPU are computed by one rank for all; use --ep-size "
-            "1 with --kt-weight-path."
+            f"--ep-size is {server_args.ep_size} but experts on the CPU are computed by one rank for all; use "
+            "--ep-size 1 with --kt-weight-path."
         )
     for name, plain in (("moe_a2a_backend", "none"), ("enable_two_batch_overlap", False), ("enable_pdmux", False)):
         value = getattr(server_args, name, plain)
@@ -258,6 +258,6 @@ def check_memory(needs: memory.Needs) -> None:
     if needs.total > available:
         raise ValueError(
             f"this launch needs {memory.gigabytes(needs.total)} GB of host memory ({needs.describe()}) but "
-            f"{memory.gigabytes(available)} GB of {memory.gigabytes(total)} GB are usable; use a method with fewer bits "
-            "(AMXINT4), free memory, or raise the container's limit."
+            f"{memory.gigabytes(available)} GB of {memory.gigabytes(total)} GB are usable; use a method with fewer "
+            "bits (AMXINT4), free memory, or raise the container's limit."
         )

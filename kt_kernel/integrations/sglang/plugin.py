@@ -10,6 +10,7 @@ from kt_kernel.integrations.sglang import PLATFORM_NAME, checks, kv_pool, layers
 
 WRAPPER = "sglang.srt.layers.moe.kt_ep_wrapper."
 METHOD = WRAPPER + "KTEPWrapperMethod."
+FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE."
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs."
 MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
 KV_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
@@ -30,7 +31,7 @@ ALL_HOSTS = (
     Hook(WRAPPER + "create_kt_config_from_server_args", "AROUND", layers.create_kt_config),
     Hook(METHOD + "__init__", "AFTER", layers.remember_method),
     Hook(METHOD + "create_moe_runner", "BEFORE", layers.check_moe_runner_config),
-    Hook("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._weight_loader_impl", "AROUND", layers.load_device_expert),
+    Hook(FUSED_MOE + "_weight_loader_impl", "AROUND", layers.load_device_expert),
     Hook("sglang.srt.model_loader.loader._initialize_model", "AFTER", layers.check_model_was_wrapped),
     Hook(MODEL_RUNNER + "load_model", "AFTER", report.after_load_model),
     Hook(MODEL_RUNNER + "forward", "AFTER", report.after_forward),
