@@ -228,8 +228,8 @@ def print_table(result: dict) -> None:
     )
     print(
         f"limits in this run: read {result['read_gb_per_s']:.1f} GB/s, peak {result['peak_gops']:.0f} GOPS, dispatch "
-        f"and join {result['dispatch_ns']:.0f} ns; {100 * result['huge_page_share']:.0f} % of the weights on huge pages; "
-        f"relative error {result['relative_error']:.4f}\n"
+        f"and join {result['dispatch_ns']:.0f} ns; {100 * result['huge_page_share']:.0f} % of the weights on huge "
+        f"pages; relative error {result['relative_error']:.4f}\n"
     )
     print("| tokens | rows/expert | us | GB/s | of read | GOPS | of peak | spread |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
