@@ -13,7 +13,7 @@ uint64_t read_probe_reference(const uint8_t* data, int64_t bytes) {
 }
 
 uint64_t peak_probe_int8_reference(int64_t iterations) {
-  int32_t sum[8] = {};
+  int32_t sum[8] = {0, 1, 2, 3, 4, 5, 6, 7};  // equal sums would be computed once
   int32_t a = 3;
   for (int64_t i = 0; i < iterations; ++i) {
     asm volatile("" : "+r"(a));
@@ -25,7 +25,7 @@ uint64_t peak_probe_int8_reference(int64_t iterations) {
 }
 
 uint64_t peak_probe_bf16_reference(int64_t iterations) {
-  float sum[8] = {};
+  float sum[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   float a = 0.5f;
   for (int64_t i = 0; i < iterations; ++i) {
     asm volatile("" : "+x"(a));

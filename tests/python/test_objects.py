@@ -182,3 +182,24 @@ def test_planted_symbols_are_found(planted_object: Path) -> None:
     assert any("weak symbol kt::weak" in finding for finding in findings)
     assert any("kt::dot" in finding for finding in findings)
     assert not any("kt::add" in finding for finding in findings)
+
+
+@pytest.mark.parametrize(
+    "source, symbol, instruction, times",
+    [
+        ("probe_avx2.cpp", "peak_probe_int8_avx2", "vpmaddubsw", 4),
+        ("probe_avx2.cpp", "peak_probe_bf16_avx2", r"vfmadd\w+", 12),
+        ("probe_avx512.cpp", "peak_probe_int8_avx512", "vpmaddubsw", 8),
+        ("probe_avx512.cpp", "peak_probe_bf16_avx512", r"vfmadd\w+", 24),
+        ("probe_avx512vnni.cpp", "peak_probe_int8_avx512vnni", "vpdpbusd", 24),
+        ("probe_avx512bf16.cpp", "peak_probe_bf16_avx512bf16", "vdpbf16ps", 24),
+    ],
+)
+def test_peak_probes_multiply_as_often_as_they_claim(source, symbol, instruction, times):
+    # A compiler that sees through a probe (equal sums, one product for all) makes the machine's limit a fantasy.
+    path = require_objects(ISA_FOLDER)[ISA_FOLDER + source]
+    command = ["objdump", "-dC", "--no-show-raw-insn", "--no-addresses", path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    body = re.search(rf"<kt::{symbol}\(long\)>:\n(.*?)(?:\n\n|\Z)", text, re.S)
+    assert body, f"objdump shows no {symbol} in {path}"
+    assert len(re.findall(rf"\b{instruction}\b", body.group(1))) == times

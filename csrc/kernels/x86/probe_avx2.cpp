@@ -29,15 +29,15 @@ uint64_t read_probe_avx2(const uint8_t* data, int64_t bytes) {
 // maddubs, madd and add for each 32 products, four sums in flight.
 uint64_t peak_probe_int8_avx2(int64_t iterations) {
   __m256i sum[4];
-  for (__m256i& lane : sum) lane = _mm256_setzero_si256();
+  for (int j = 0; j < 4; ++j) sum[j] = _mm256_set1_epi32(j);  // equal sums would be computed once
   __m256i a = _mm256_set1_epi8(3);
   __m256i w = _mm256_set1_epi8(5);
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+x"(a), "+x"(w));  // else the products move out of the loop
+#pragma GCC unroll 4
     for (__m256i& lane : sum) {
-      __m256i pairs = _mm256_maddubs_epi16(a, w);
-      asm volatile("" : "+x"(pairs));
+      asm volatile("" : "+x"(a), "+x"(w));  // else one product serves all sums
+      const __m256i pairs = _mm256_maddubs_epi16(a, w);
       lane = _mm256_add_epi32(lane, _mm256_madd_epi16(pairs, ones));
     }
   }
@@ -48,7 +48,7 @@ uint64_t peak_probe_int8_avx2(int64_t iterations) {
 
 uint64_t peak_probe_bf16_avx2(int64_t iterations) {
   __m256 sum[12];
-  for (__m256& lane : sum) lane = _mm256_setzero_ps();
+  for (int j = 0; j < 12; ++j) sum[j] = _mm256_set1_ps(static_cast<float>(j));  // equal sums would be computed once
   __m256 a = _mm256_set1_ps(0.5f);
   const __m256 w = _mm256_set1_ps(0.25f);
   for (int64_t i = 0; i < iterations; ++i) {

@@ -30,15 +30,16 @@ uint64_t read_probe_avx512(const uint8_t* data, int64_t bytes) {
 // maddubs, madd and add for each 64 products, eight sums in flight.
 uint64_t peak_probe_int8_avx512(int64_t iterations) {
   typedef int32_t Int32x16 __attribute__((vector_size(64)));
-  Int32x16 sum[8] = {};
+  Int32x16 sum[8];
+  for (int j = 0; j < 8; ++j) sum[j] = Int32x16{} + j;  // equal sums would be computed once
   __m512i a = _mm512_set1_epi8(3);
   __m512i w = _mm512_set1_epi8(5);
   const __m512i ones = _mm512_set1_epi16(1);
   for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+v"(a), "+v"(w));  // else the products move out of the loop
+#pragma GCC unroll 8
     for (Int32x16& lane : sum) {
-      __m512i pairs = _mm512_maddubs_epi16(a, w);
-      asm volatile("" : "+v"(pairs));
+      asm volatile("" : "+v"(a), "+v"(w));  // else one product serves all sums
+      const __m512i pairs = _mm512_maddubs_epi16(a, w);
       lane += reinterpret_cast<Int32x16>(_mm512_madd_epi16(pairs, ones));
     }
   }
@@ -49,7 +50,7 @@ uint64_t peak_probe_int8_avx512(int64_t iterations) {
 
 uint64_t peak_probe_bf16_avx512(int64_t iterations) {
   __m512 sum[24];
-  for (__m512& lane : sum) lane = _mm512_setzero_ps();
+  for (int j = 0; j < 24; ++j) sum[j] = _mm512_set1_ps(static_cast<float>(j));  // equal sums would be computed once
   __m512 a = _mm512_set1_ps(0.5f);
   const __m512 w = _mm512_set1_ps(0.25f);
   for (int64_t i = 0; i < iterations; ++i) {

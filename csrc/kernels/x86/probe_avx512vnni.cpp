@@ -8,7 +8,8 @@ namespace kt {
 uint64_t peak_probe_int8_avx512vnni(int64_t iterations) {
   // not __m512i: more than 16 such accumulators spill
   typedef int32_t Int32x16 __attribute__((vector_size(64)));
-  Int32x16 sum[24] = {};
+  Int32x16 sum[24];
+  for (int j = 0; j < 24; ++j) sum[j] = Int32x16{} + j;  // equal sums would be computed once
   __m512i a = _mm512_set1_epi8(3);
   const __m512i w = _mm512_set1_epi8(5);
   for (int64_t i = 0; i < iterations; ++i) {
