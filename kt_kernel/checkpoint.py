@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
-from kt_kernel.safetensors_file import SafetensorsFile
+from kt_kernel.files import OpenFiles
 
 _BASE = r"^(?:model\.language_model\.|language_model\.model\.|model\.)?layers\.(?P<layer>\d+)\."
 # One tensor per expert and projection: deepseek/qwen, mixtral, mistral.
@@ -32,7 +32,7 @@ _QUANTIZED = re.compile(r"\.experts\.(?:\d+\.)?\w+\.?(?:qweight|weight_packed|we
 _FUSED_BIAS = re.compile(_BASE + r"mlp\.experts\.gate_up_proj_bias$")
 
 _PROJECTION = {"w1": "gate", "w3": "up", "w2": "down"}
-_FLOAT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FLOAT_TYPES = ("BF16", "F16", "F32")
 _NESTED_CONFIGS = ("text_config", "language_config", "llm_config")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
@@ -58,7 +58,7 @@ class ModelSizes:
 
 
 class _Place(NamedTuple):
-    """Where a projection of an expert lies; part (index, count) of the tensor's first dimension for fused ones."""
+    """Where a projection of an expert, or of all experts of a layer, lies."""
 
     file: str
     name: str
@@ -130,7 +130,8 @@ def model_sizes(folder: Path) -> ModelSizes:
 class Checkpoint:
     """A folder of safetensors files, indexed by layer, expert and projection.
 
-    Reading is thread-safe. Weights are views of mapped files: cheap to get, and given back by :meth:`release`.
+    Reading is thread-safe. Weights are views of mapped files; :meth:`close` after a layer lets the files go, so that
+    no more than a layer is mapped at a time.
 
     Raises
     ------
@@ -141,8 +142,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.sizes = model_sizes(self.folder)
-        self._lock = threading.Lock()
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files = OpenFiles(self.folder)
         self._single: dict[int, dict[tuple[int, str], _Place]] = {}
         self._fused: dict[int, dict[str, _Place]] = {}
         names = self._tensor_names()
@@ -173,13 +173,10 @@ class Checkpoint:
         files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.folder} has no *.safetensors file; kt_kernel reads safetensors checkpoints only.")
-        return {name: path.name for path in files for name in self._file(path.name).tensors}
-
-    def _file(self, name: str) -> SafetensorsFile:
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = SafetensorsFile(self.folder / name)
-            return self._files[name]
+        names: dict[str, str] = {}
+        for path in files:
+            names |= dict.fromkeys(self._files[path.name].keys(), path.name)
+        return names
 
     def _index(self, names: dict[str, str]) -> None:
         for name, file in names.items():
@@ -248,7 +245,7 @@ class Checkpoint:
         """Types of the expert tensors of the first layer, as safetensors writes them: ``BF16``, ``F16``, ``F32``."""
         layer = self.layers[0]
         places = self._fused[layer] if layer in self._fused else self._single[layer]
-        return {self._file(place.file).tensors[place.name].dtype for place in places.values()}
+        return {self._slice(place).get_dtype() for place in places.values()}
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes one expert of a layer takes in the checkpoint."""
@@ -256,7 +253,7 @@ class Checkpoint:
             places, share = list(self._fused[layer].values()), self.sizes.num_experts
         else:
             places, share = [self._single[layer][0, projection] for projection in ("gate", "up", "down")], 1
-        return sum(self._file(place.file).tensors[place.name].num_bytes for place in places) // share
+        return sum(self._files[place.file].get_tensor(place.name).nbytes for place in places) // share
 
     def check_layer(self, layer: int) -> None:
         """Check that a layer has experts, of the shapes and types that can be read.
@@ -273,7 +270,7 @@ class Checkpoint:
             inter, hidden = self.sizes.intermediate_size, self.sizes.hidden_size
             for (_, projection), place in self._single[layer].items():
                 shape = (hidden, inter) if projection == "down" else (inter, hidden)
-                found = self._info(place).shape
+                found = self._shape(place)
                 if found != shape:
                     raise ValueError(
                         f"tensor {place.name} has shape {list(found)}, but config.json (hidden size {hidden}, expert "
@@ -285,18 +282,22 @@ class Checkpoint:
                 f"{describe_layers(self.layers)}."
             )
 
-    def _info(self, place: _Place):
-        info = self._file(place.file).tensors.get(place.name)
-        if info is None:
+    def _slice(self, place: _Place):
+        try:
+            return self._files[place.file].get_slice(place.name)
+        except SafetensorError:
             raise ValueError(
                 f"{place.file} lacks tensor {place.name}, which the index places there; download it again."
-            )
-        if info.dtype not in _FLOAT_TYPES:
+            ) from None
+
+    def _shape(self, place: _Place) -> tuple[int, ...]:
+        tensor = self._slice(place)
+        if tensor.get_dtype() not in _FLOAT_TYPES:
             raise ValueError(
-                f"tensor {place.name} has type {info.dtype}; kt_kernel reads BF16, F16 and F32 experts so far, so give "
-                f"the unquantized model."
+                f"tensor {place.name} has type {tensor.get_dtype()}; kt_kernel reads BF16, F16 and F32 experts so far, "
+                f"so give the unquantized model."
             )
-        return info
+        return tuple(tensor.get_shape())
 
     def _orientation(self, layer: int, projection: str) -> bool:
         """Whether a fused tensor is stored transposed, ``[E, in, out]``.
@@ -308,7 +309,7 @@ class Checkpoint:
         verdicts = {}
         for key, shape in shapes.items():
             place = self._fused[layer][key]
-            found = self._info(place).shape
+            found = self._shape(place)
             swapped = (shape[0], shape[2], shape[1])
             if found not in (shape, swapped):
                 raise ValueError(
@@ -330,32 +331,21 @@ class Checkpoint:
         """
         if layer in self._single:
             gate, up, down = (
-                self._file(place.file).tensor(place.name)
+                self._files[place.file].get_tensor(place.name)
                 for place in (self._single[layer][expert, projection] for projection in ("gate", "up", "down"))
             )
             return ExpertWeights(gate, up, down)
         pair = []
         for projection in ("gate_up_proj", "down_proj"):
             place = self._fused[layer][projection]
-            matrix = self._file(place.file).tensor(place.name)[expert]
+            matrix = self._slice(place)[expert]
             pair.append(matrix.t().contiguous() if self._orientation(layer, projection) else matrix)
         inter = self.sizes.intermediate_size
         return ExpertWeights(pair[0][:inter], pair[0][inter:], pair[1])
 
-    def _parts(self, layer: int, expert: int) -> list[tuple[_Place, tuple[int, int] | None]]:
-        if layer in self._single:
-            return [(self._single[layer][expert, projection], None) for projection in ("gate", "up", "down")]
-        return [(place, (expert, self.sizes.num_experts)) for place in self._fused[layer].values()]
-
-    def prefetch(self, layer: int, expert: int) -> None:
-        """Let the kernel read an expert ahead."""
-        for place, part in self._parts(layer, expert):
-            self._file(place.file).prefetch(place.name, part)
-
-    def release(self, layer: int, expert: int) -> None:
-        """Give the pages of an expert back; views of it stay valid and read from the file again."""
-        for place, part in self._parts(layer, expert):
-            self._file(place.file).release(place.name, part)
+    def close(self) -> None:
+        """Let go of the files; views of them stay valid, and the next use opens them again."""
+        self._files.close()
 
     def tensor_name(self, layer: int, expert: int, projection: str) -> str:
         """Name in the checkpoint of ``gate``, ``up`` or ``down`` of an expert, for messages."""

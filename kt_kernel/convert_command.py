@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpuinfer-threads", type=int, help="threads (default: every usable CPU)")
     parser.add_argument("--threadpool-count", type=int, help="no effect: the files fit any number of NUMA nodes")
     parser.add_argument("--gpu", action="store_true", help="no effect: conversion needs no GPU")
-    parser.add_argument("--no-merge-safetensor", action="store_true", help="no effect: one file per layer is written")
+    parser.add_argument("--no-merge-safetensor", action="store_true", help="no effect: a layer is a few files")
     parser.add_argument("--resume-layer", type=int, help="no effect: resuming is automatic")
     parser.add_argument("--save-backward-weights", action="store_true", help="refused: no fine-tuning")
     parser.add_argument("--profile", action="store_true", help="no effect")
@@ -56,7 +56,7 @@ def _notes(args: argparse.Namespace) -> list[str]:
     if args.gpu:
         notes.append("--gpu has no effect: conversion runs on the CPU.")
     if args.no_merge_safetensor:
-        notes.append("--no-merge-safetensor has no effect: one safetensors file per layer is written.")
+        notes.append("--no-merge-safetensor has no effect: a layer is written to a few safetensors files.")
     if args.resume_layer is not None:
         notes.append("--resume-layer has no effect: a conversion goes on by itself where it stopped.")
     if args.profile:
@@ -129,13 +129,14 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(folder: str) -> int:
-    from kt_kernel.packed_folder import read_manifest, verify
+    from kt_kernel.packed_folder import manifest_tensors, read_manifest, verify
     from kt_kernel.progress import Progress
 
     if not folder:
         raise ValueError("--verify needs a folder: --verify DIR, or -o DIR beside it.")
-    layers = read_manifest(Path(folder))["layers"]
-    total = sum(tensor["bytes"] for entry in layers.values() for tensor in entry["tensors"].values())
+    manifest = read_manifest(Path(folder))
+    layers = manifest["layers"]
+    total = sum(tensor["bytes"] for _, _, tensor in manifest_tensors(manifest))
     progress = Progress("verifying", total_bytes=total, total_layers=len(layers), logger=logger)
     try:
         problems = verify(folder, progress.add)

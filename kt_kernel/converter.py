@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a folder of packed experts: layer by layer, experts in parallel, memory of a few experts."""
+"""Converts a checkpoint to a folder of packed experts: file by file, experts in parallel, memory of one file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +14,11 @@ import torch
 
 from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
 from kt_kernel.experts import packed_bytes
+from kt_kernel.files import write_atomically
 from kt_kernel.methods import Method
-from kt_kernel.packed_folder import PackedDescription
-from kt_kernel.packed_writer import LayerWriter, PackedWriter
+from kt_kernel.packed_folder import PackedDescription, manifest_tensors
+from kt_kernel.packed_writer import PackedMatrix, PackedWriter
 from kt_kernel.progress import Progress
-from kt_kernel.safetensors_file import write_atomically
 
 logger = logging.getLogger("kt_kernel.converter")
 
@@ -39,6 +37,9 @@ _COPIED = (
     "chat_template.jinja",
 )
 _HASH_CHUNK = 8 << 20
+# Most packed bytes of a file, unless one expert has more. A file is in memory until it is written: little on a machine
+# that can serve the model, and enough for every thread to have experts to pack and for few, long writes.
+SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,13 @@ def convert(options: ConvertOptions) -> ConvertResult:
     layout = options.method.layout_with_group(options.group_size)
     if options.output.exists() and options.output.resolve() == source.folder.resolve():
         raise ValueError(f"output {options.output} is the checkpoint itself; give another folder.")
+    num_experts = source.sizes.num_experts
+    layer_bytes = {}
     for layer in source.layers:
         source.check_layer(layer)
+        layer_bytes[layer] = source.expert_bytes(layer) * num_experts
+        source.close()
     description = _describe(source, options, layout)
-    num_experts = source.sizes.num_experts
-    layer_bytes = {layer: source.expert_bytes(layer) * num_experts for layer in source.layers}
 
     writer = PackedWriter(options.output, description)
     try:
@@ -200,60 +203,47 @@ def _convert_layer(
     progress: Progress,
 ) -> None:
     sizes = source.sizes
-    w13_bytes, w2_bytes = packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
-    file = writer.begin_layer(layer, sizes.num_experts, w13_bytes, w2_bytes)
+    expert_bytes = sum(packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size))
+    per_shard = max(1, SHARD_BYTES // expert_bytes)
     share = source.expert_bytes(layer)
 
-    def convert_expert(expert: int) -> None:
+    def pack_expert(expert: int) -> tuple[PackedMatrix, PackedMatrix]:
         weights = source.expert(layer, expert)
-        _pack_into(file, source, layer, expert, "w13", layout, (weights.gate, weights.up))
-        _pack_into(file, source, layer, expert, "w2", layout, (weights.down,))
-        source.release(layer, expert)
+        w13 = _pack(source, layer, expert, layout, weights.gate, weights.up)
+        w2 = _pack(source, layer, expert, layout, weights.down)
         progress.add(share)
+        return w13, w2
 
-    try:
-        _run_all(pool, convert_expert, range(sizes.num_experts))
-    except BaseException:
-        file.abort()
-        raise
-    writer.finish_layer(layer, file)
+    # A function, so that nothing refers to the tensors of a file while those of the next are made.
+    def write_shard(shard: int, experts: range) -> dict[str, dict]:
+        packed = {
+            f"experts.{expert}.{part}": matrix
+            for expert, pair in zip(experts, pool.map(pack_expert, experts), strict=True)
+            for part, matrix in zip(("w13", "w2"), pair, strict=True)
+        }
+        return writer.write_shard(layer, shard, packed)
+
+    files: dict[str, dict] = {}
+    for shard, start in enumerate(range(0, sizes.num_experts, per_shard)):
+        files |= write_shard(shard, range(start, min(start + per_shard, sizes.num_experts)))
+    source.close()
+    writer.finish_layer(layer, files)
     progress.finish_layer(layer)
 
 
-def _pack_into(
-    file: LayerWriter,
-    source: Checkpoint,
-    layer: int,
-    expert: int,
-    part: str,
-    layout: str,
-    matrices: tuple[torch.Tensor, ...],
-) -> None:
+def _pack(source: Checkpoint, layer: int, expert: int, layout: str, *matrices: torch.Tensor) -> PackedMatrix:
+    """Pack gate and up (w13), or down (w2)."""
     ops = torch.ops.kt_kernel
+    merged = len(matrices) == 2
     if len({matrix.dtype for matrix in matrices}) > 1:
         matrices = tuple(matrix.float() for matrix in matrices)
     try:
-        packed, error = (ops.quantize_pack_w13 if part == "w13" else ops.quantize_pack)(*matrices, layout)
+        packed, error = (ops.quantize_pack_w13 if merged else ops.quantize_pack)(*matrices, layout)
     except RuntimeError as cause:
-        name = source.tensor_name(layer, expert, "gate" if part == "w13" else "down")
-        also = f" (or {source.tensor_name(layer, expert, 'up')})" if part == "w13" else ""
+        name = source.tensor_name(layer, expert, "gate" if merged else "down")
+        also = f" (or {source.tensor_name(layer, expert, 'up')})" if merged else ""
         raise ValueError(f"{name}{also} cannot be packed: {cause}") from cause
-    file.write(f"experts.{expert}.{part}", packed, error)
-
-
-def _run_all(pool: ThreadPoolExecutor, work: Callable[[int], None], items: Iterable[int]) -> None:
-    """Run work on every item, the first error first; all started work has ended when this returns or raises."""
-    futures: deque[Future] = deque(pool.submit(work, item) for item in items)
-    try:
-        while futures:
-            futures[0].result()
-            futures.popleft()
-    finally:
-        for future in futures:
-            future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.exception()
+    return PackedMatrix.of(packed, error)
 
 
 # --- source files ---
@@ -336,19 +326,15 @@ def _copy_files(source: Path, output: Path) -> dict[str, str]:
 
 
 def _summary(writer: PackedWriter, resumed: int, source_bytes: int) -> ConvertResult:
-    errors = []
-    total = 0
-    for layer, entry in writer.manifest["layers"].items():
-        for name, tensor in entry["tensors"].items():
-            errors.append((tensor["relative_error"], f"layer {layer} {name}"))
-            total += tensor["bytes"]
+    tensors = list(manifest_tensors(writer.manifest))
+    errors = [(tensor["relative_error"], f"layer {layer} {name}") for layer, name, tensor in tensors]
     worst, name = max(errors)
     layers = writer.manifest["moe_layers"]
     logger.debug("layers with experts: %s", describe_layers(layers))
     return ConvertResult(
         layers=len(layers),
         resumed_layers=resumed,
-        packed_bytes=total,
+        packed_bytes=sum(tensor["bytes"] for _, _, tensor in tensors),
         source_bytes=source_bytes,
         mean_error=sum(error for error, _ in errors) / len(errors),
         worst_error=worst,

@@ -37,14 +37,11 @@ class ExpertSource(Protocol):
     def expert_bytes(self, layer: int) -> int:
         """Bytes to read for one expert of a layer."""
 
-    def prefetch(self, layer: int, expert: int) -> None:
-        """Let the kernel read an expert ahead."""
-
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
         """Load ``logical[i]`` into ``slots[i]``."""
 
-    def release(self, layer: int, expert: int) -> None:
-        """Give the pages of an expert back."""
+    def close(self) -> None:
+        """Let go of the files; the next use opens them again."""
 
 
 class CheckpointSource:
@@ -72,9 +69,6 @@ class CheckpointSource:
     def expert_bytes(self, layer: int) -> int:
         return self.checkpoint.expert_bytes(layer)
 
-    def prefetch(self, layer: int, expert: int) -> None:
-        self.checkpoint.prefetch(layer, expert)
-
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
         weights = [_one_dtype(*self.checkpoint.expert(layer, expert)) for expert in logical]
         try:
@@ -84,8 +78,8 @@ class CheckpointSource:
                 f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
             ) from error
 
-    def release(self, layer: int, expert: int) -> None:
-        self.checkpoint.release(layer, expert)
+    def close(self) -> None:
+        self.checkpoint.close()
 
 
 class PackedSource:
@@ -123,15 +117,12 @@ class PackedSource:
     def expert_bytes(self, layer: int) -> int:
         return self.packed.expert_bytes(layer)
 
-    def prefetch(self, layer: int, expert: int) -> None:
-        self.packed.prefetch(layer, expert)
-
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
         pairs = [self.packed.expert(layer, expert) for expert in logical]
         experts.load_packed(slots, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
-    def release(self, layer: int, expert: int) -> None:
-        self.packed.release(layer, expert)
+    def close(self) -> None:
+        self.packed.close()
 
 
 def _check_num_experts(folder: Path, found: int, config: MoEConfig) -> None:
@@ -268,8 +259,8 @@ def announce_layer() -> None:
 def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: list[int]) -> None:
     """Load every expert that lives in ``experts``.
 
-    Memory: the packed layer plus a few experts of the source (``_BATCH_BYTES``); pages of the source are given back
-    as soon as they were packed.
+    Memory: the packed layer plus a few experts of the source (``_BATCH_BYTES``). The files of the source are mapped
+    while the layer is loaded: their pages are the kernel's cache and not memory of the process.
 
     Parameters
     ----------
@@ -290,24 +281,14 @@ def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: l
     size = source.expert_bytes(layer)
     progress = _report.begin_layer(size * len(slots))
     step = max(1, min(_BATCH_BYTES // max(size, 1), 64))
-    batches = [slots[start : start + step] for start in range(0, len(slots), step)]
     try:
-        for index, batch in enumerate(batches):
-            logical = [physical_to_logical[slot] for slot in batch]
-            if index == 0:
-                _prefetch(source, layer, logical)
-            if index + 1 < len(batches):
-                _prefetch(source, layer, [physical_to_logical[slot] for slot in batches[index + 1]])
-            source.fill(experts, batch, layer, logical)
-            for expert in logical:
-                source.release(layer, expert)
+        for start in range(0, len(slots), step):
+            batch = slots[start : start + step]
+            source.fill(experts, batch, layer, [physical_to_logical[slot] for slot in batch])
             progress.add(size * len(batch))
     except BaseException:
         _report.abandon()
         raise
+    finally:
+        source.close()
     _report.finish_layer(layer)
-
-
-def _prefetch(source: ExpertSource, layer: int, experts: list[int]) -> None:
-    for expert in experts:
-        source.prefetch(layer, expert)

@@ -1,8 +1,9 @@
 """The folder of converted experts: its manifest, reading it, checking it. Writing is in ``packed_writer.py``.
 
-    manifest.json                  what was made from what, checksum and quantization error of every tensor
-    kt-layer-00012.safetensors     one file per MoE layer: ``experts.{e}.w13``, ``experts.{e}.w2``, uint8 packed bytes
-    config.json, tokenizer*, ...   copies, so that the folder says which model it is
+    manifest.json                      what was made from what, checksum and quantization error of every tensor
+    kt-layer-00012-00000.safetensors   first file of MoE layer 12: ``experts.{e}.w13``, ``experts.{e}.w2``, uint8 packed
+                                       bytes of so many experts, in order, as fit in a file
+    config.json, tokenizer*, ...       copies, so that the folder says which model it is
 
 The bytes depend on the checkpoint, the layout and nothing else: not on threads, NUMA nodes or the instruction set.
 """
@@ -11,17 +12,18 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from kt_kernel.safetensors_file import SafetensorsFile
+from kt_kernel.files import OpenFiles, open_safetensors
 
 MANIFEST = "manifest.json"
 FORMAT = "kt-packed-experts"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,22 @@ class PackedDescription:
         return asdict(self)
 
 
-def layer_file_name(layer: int) -> str:
-    """File name of one layer, e.g. ``kt-layer-00012.safetensors``."""
-    return f"kt-layer-{layer:05d}.safetensors"
+def shard_file_name(layer: int, shard: int) -> str:
+    """Name of one file of a layer, e.g. ``kt-layer-00012-00000.safetensors``."""
+    return f"kt-layer-{layer:05d}-{shard:05d}.safetensors"
+
+
+def shard_metadata(layout: str) -> dict[str, str]:
+    """What the header of a file says; a single entry, because safetensors writes several in random order."""
+    return {FORMAT: layout}
+
+
+def manifest_tensors(manifest: dict) -> Iterator[tuple[int, str, dict]]:
+    """Layer, name and entry (bytes, crc32, relative_error) of every tensor that a manifest lists."""
+    for layer, files in manifest["layers"].items():
+        for file in files.values():
+            for name, tensor in file["tensors"].items():
+                yield int(layer), name, tensor
 
 
 def encode_manifest(manifest: dict) -> bytes:
@@ -117,7 +132,7 @@ class PackedFolder:
     """A finished folder of converted experts, opened for reading.
 
     Checks the manifest, and existence and size of every file; the contents are checked by :func:`verify`.
-    Thread-safe but for the first access to a layer.
+    Thread-safe. Tensors are views of mapped files; :meth:`close` after a layer lets the files go.
 
     Raises
     ------
@@ -138,31 +153,33 @@ class PackedFolder:
                 f"layers); start the same convert_cpu_weights.py command again, it goes on where it stopped."
             )
         for layer in self.layers:
-            entry = self._entry(layer)
-            path = self.folder / entry["file"]
-            size = path.stat().st_size if path.exists() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
-                raise ValueError(
-                    f"{path} {found}; copy it again, or delete it and start the same convert_cpu_weights.py command."
-                )
-        self._files: dict[int, SafetensorsFile] = {}
+            for name, entry in self._entries(layer).items():
+                path = self.folder / name
+                size = path.stat().st_size if path.exists() else None
+                if size != entry["bytes"]:
+                    found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                    raise ValueError(
+                        f"{path} {found}; copy it again, or delete it and start the same convert_cpu_weights.py "
+                        f"command."
+                    )
+        self._files = OpenFiles(self.folder)
 
-    def _entry(self, layer: int) -> dict:
-        entry = self.manifest["layers"].get(str(layer))
-        if entry is None:
+    def _entries(self, layer: int) -> dict[str, dict]:
+        """Manifest entries of the files of a layer, by file name."""
+        entries = self.manifest["layers"].get(str(layer))
+        if entries is None:
             raise ValueError(f"{self.folder / MANIFEST} promises layer {layer} and does not list it; convert again.")
-        return entry
+        return entries
 
-    def _file(self, layer: int) -> SafetensorsFile:
-        if layer not in self._files:
-            self._files[layer] = SafetensorsFile(self.folder / self._entry(layer)["file"])
-        return self._files[layer]
+    def _file_name(self, layer: int, tensor: str) -> str:
+        for name, entry in self._entries(layer).items():
+            if tensor in entry["tensors"]:
+                return name
+        raise ValueError(f"{self.folder / MANIFEST} lists no tensor {tensor} in layer {layer}; convert again.")
 
     def expert_bytes(self, layer: int) -> int:
         """Packed bytes of one expert of a layer."""
-        tensors = self._entry(layer)["tensors"]
-        return sum(tensors[f"experts.0.{part}"]["bytes"] for part in ("w13", "w2"))
+        return sum(tensor.numel() for tensor in self.expert(layer, 0))
 
     def check_sizes(
         self, layer: int, *, num_experts: int, hidden_size: int, intermediate_size: int, w13_bytes: int, w2_bytes: int
@@ -186,41 +203,45 @@ class PackedFolder:
                 f"{self.folder} has no experts for layer {layer}; it was converted from another model, so convert "
                 f"the checkpoint of the served model."
             )
-        tensors = self._file(layer).tensors
         for expert in range(num_experts):
             for part, size in (("w13", w13_bytes), ("w2", w2_bytes)):
-                info = tensors.get(f"experts.{expert}.{part}")
-                if info is None or info.num_bytes != size:
-                    found = "is missing" if info is None else f"has {info.num_bytes} bytes instead of {size}"
-                    raise ValueError(
-                        f"tensor experts.{expert}.{part} of {self._file(layer).path} {found}; convert again."
-                    )
+                tensor = f"experts.{expert}.{part}"
+                file = self._file_name(layer, tensor)
+                found = self._size(file, tensor)
+                if found != size:
+                    words = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                    raise ValueError(f"tensor {tensor} of {self.folder / file} {words}; convert again.")
+
+    def _size(self, file: str, tensor: str) -> int | None:
+        try:
+            return self._files[file].get_tensor(tensor).nbytes
+        except SafetensorError:
+            return None
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed w13 and w2 of an expert: uint8 views of the mapped file."""
-        file = self._file(layer)
-        return file.tensor(f"experts.{expert}.w13"), file.tensor(f"experts.{expert}.w2")
+        names = (f"experts.{expert}.w13", f"experts.{expert}.w2")
+        w13, w2 = (self._files[self._file_name(layer, name)].get_tensor(name) for name in names)
+        return w13, w2
 
-    def prefetch(self, layer: int, expert: int) -> None:
-        """Let the kernel read an expert ahead."""
-        for part in ("w13", "w2"):
-            self._file(layer).prefetch(f"experts.{expert}.{part}")
-
-    def release(self, layer: int, expert: int) -> None:
-        """Give the pages of an expert back."""
-        for part in ("w13", "w2"):
-            self._file(layer).release(f"experts.{expert}.{part}")
+    def close(self) -> None:
+        """Let go of the files; views of them stay valid, and the next use opens them again."""
+        self._files.close()
 
 
-def check_layer_file(folder: Path, entry: dict, progress: Callable[[int], None] = lambda num_bytes: None) -> str | None:
-    """Compare one layer file with its manifest entry, byte by byte.
+def check_file(
+    path: Path, entry: dict, layout: str, progress: Callable[[int], None] = lambda num_bytes: None
+) -> str | None:
+    """Compare one file with its manifest entry: what the header says, and every byte of the tensors.
 
     Parameters
     ----------
-    folder : Path
-        Folder of the file.
+    path : Path
+        The file.
     entry : dict
-        ``manifest["layers"][layer]``.
+        ``manifest["layers"][layer][path.name]``.
+    layout : str
+        ``manifest["layout"]``.
     progress : callable
         Called with the bytes of each tensor read.
 
@@ -229,23 +250,26 @@ def check_layer_file(folder: Path, entry: dict, progress: Callable[[int], None] 
     str or None
         What is wrong, in one sentence that names file and tensor; None if nothing is.
     """
-    path = folder / entry["file"]
-    try:
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}."
-        file = SafetensorsFile(path)
-    except FileNotFoundError:
+    if not path.exists():
         return f"{path} is missing."
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}."
+    try:
+        file = open_safetensors(path)
     except ValueError as error:
         return str(error)
-    if f"{file.header_crc32:08x}" != entry["header_crc32"] or set(file.tensors) != set(entry["tensors"]):
-        return f"the header of {path} does not match its checksum."
-    for name, recorded in entry["tensors"].items():
-        found = zlib.crc32(memoryview(file.tensor(name).numpy()))
-        file.release(name)
-        if f"{found:08x}" != recorded["crc32"]:
+    recorded = entry["tensors"]
+    problem = f"the header of {path} does not match the manifest."
+    if set(file.keys()) != set(recorded) or file.metadata() != shard_metadata(layout):
+        return problem
+    for name, tensor in recorded.items():
+        header = file.get_slice(name)
+        if (header.get_dtype(), header.get_shape()) != ("U8", [tensor["bytes"]]):
+            return problem
+    for name, tensor in recorded.items():
+        if f"{zlib.crc32(file.get_tensor(name).numpy()):08x}" != tensor["crc32"]:
             return f"tensor {name} of {path} does not match its checksum."
-        progress(recorded["bytes"])
+        progress(tensor["bytes"])
     return None
 
 
@@ -277,13 +301,13 @@ def verify(folder: str | Path, progress: Callable[[int], None] = lambda num_byte
     if not manifest.get("complete"):
         problems.append(f"{root} is an unfinished conversion.")
     for layer in manifest["moe_layers"]:
-        entry = manifest["layers"].get(str(layer))
-        if entry is not None:
-            problem = check_layer_file(root, entry, progress)
+        entries = manifest["layers"].get(str(layer))
+        if entries is None and manifest.get("complete"):
+            problems.append(f"{root / MANIFEST} does not list layer {layer}.")
+        for name, entry in (entries or {}).items():
+            problem = check_file(root / name, entry, manifest["layout"], progress)
             if problem:
                 problems.append(problem)
-        elif manifest.get("complete"):
-            problems.append(f"{root / MANIFEST} does not list layer {layer}.")
     for name, digest in manifest.get("copied_files", {}).items():
         path = root / name
         if not path.exists():

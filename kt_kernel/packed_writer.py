@@ -7,23 +7,26 @@ import json
 import logging
 import math
 import os
-import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 
+from kt_kernel.files import atomic_file, remove_unfinished, write_atomically
 from kt_kernel.packed_folder import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     PackedDescription,
-    check_layer_file,
+    check_file,
     encode_manifest,
-    layer_file_name,
     read_manifest,
+    shard_file_name,
+    shard_metadata,
 )
-from kt_kernel.safetensors_file import SafetensorsWriter, write_atomically
 
 logger = logging.getLogger("kt_kernel.converter")
 
@@ -36,8 +39,8 @@ _STATE = ".kt-source-state.json"
 class PackedWriter:
     """Owner of a folder that is being written.
 
-    States of a layer on disk: ``.part`` file (being written) -> final name (whole, on disk) -> listed in the manifest
-    (checked when resumed). A kill in any of them costs at most the layer being written.
+    States of a file on disk: in a hidden folder (being written) -> final name (whole, on disk) -> listed in the
+    manifest, with all files of its layer (checked when resumed). A kill costs at most the layer being written.
 
     Parameters
     ----------
@@ -64,6 +67,7 @@ class PackedWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
+            remove_unfinished(folder)
             self.manifest = self._begin(description)
             self._check_finished_layers(progress)
         except BaseException:
@@ -82,11 +86,7 @@ class PackedWriter:
     def _begin(self, description: PackedDescription) -> dict:
         wanted = description.to_json()
         if not (self.folder / MANIFEST).exists():
-            foreign = [
-                path.name
-                for path in self.folder.iterdir()
-                if not path.name.startswith(".kt-") and not path.name.endswith(".part")
-            ]
+            foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith(".kt-")]
             if foreign:
                 raise ValueError(
                     f"output folder {self.folder} is not empty (it holds {sorted(foreign)[0]}) and is no conversion "
@@ -106,20 +106,20 @@ class PackedWriter:
         return manifest
 
     def _check_finished_layers(self, progress: Callable[[int], None]) -> None:
-        """Forget layers whose file does not match; they are made again."""
+        """Forget layers with a file that does not match; they are made again."""
         damaged = []
-        for layer, entry in self.manifest["layers"].items():
-            problem = check_layer_file(self.folder, entry, progress)
-            if problem:
-                logger.warning("%s Layer %s is converted again.", problem, layer)
-                damaged.append(layer)
+        for layer, entries in self.manifest["layers"].items():
+            for name, entry in entries.items():
+                problem = check_file(self.folder / name, entry, self.manifest["layout"], progress)
+                if problem:
+                    logger.warning("%s Layer %s is converted again.", problem, layer)
+                    damaged.append(layer)
+                    break
         for layer in damaged:
             del self.manifest["layers"][layer]
         if damaged:
             self.manifest["complete"] = False
             self._write_manifest()
-        for path in self.folder.glob("*.part"):
-            path.unlink()
 
     # --- layers ---
 
@@ -132,24 +132,36 @@ class PackedWriter:
         """Layers that are whole on disk and need no work."""
         return {int(layer) for layer in self.manifest["layers"]}
 
-    def begin_layer(self, layer: int, num_experts: int, w13_bytes: int, w2_bytes: int) -> LayerWriter:
-        """Open the file of a layer; its place on the disk is reserved at once."""
-        sizes = {}
-        for expert in range(num_experts):
-            sizes[f"experts.{expert}.w13"] = w13_bytes
-            sizes[f"experts.{expert}.w2"] = w2_bytes
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "layout": self.manifest["layout"],
-            "layer": str(layer),
-        }
-        return LayerWriter(SafetensorsWriter(self.folder / layer_file_name(layer), sizes, metadata), sizes)
+    def write_shard(self, layer: int, shard: int, matrices: dict[str, PackedMatrix]) -> dict[str, dict]:
+        """Write one file of a layer.
 
-    def finish_layer(self, layer: int, writer: LayerWriter) -> None:
-        """Give the layer its final name and list it in the manifest."""
-        entry = writer.commit()
-        layers = {**self.manifest["layers"], str(layer): entry}
+        Parameters
+        ----------
+        layer, shard : int
+            Layer, and number of the file in it.
+        matrices : dict
+            ``experts.{e}.w13`` and ``experts.{e}.w2`` of the experts in the file.
+
+        Returns
+        -------
+        dict
+            The file's name and manifest entry, for :meth:`finish_layer`.
+
+        Raises
+        ------
+        OSError
+            The disk is full or fails (one sentence); nothing is left behind.
+        """
+        path = self.folder / shard_file_name(layer, shard)
+        entries = {name: matrix.entry for name, matrix in matrices.items()}
+        with atomic_file(path, sum(entry["bytes"] for entry in entries.values())) as part:
+            tensors = {name: matrix.packed for name, matrix in matrices.items()}
+            save_file(tensors, part, metadata=shard_metadata(self.manifest["layout"]))
+        return {path.name: {"bytes": path.stat().st_size, "tensors": entries}}
+
+    def finish_layer(self, layer: int, files: dict[str, dict]) -> None:
+        """List the files of a layer in the manifest."""
+        layers = {**self.manifest["layers"], str(layer): files}
         self.manifest["layers"] = {key: layers[key] for key in sorted(layers, key=int)}
         self._write_manifest()
 
@@ -187,54 +199,30 @@ class PackedWriter:
             self._lock_fd = -1
 
 
-class LayerWriter:
-    """The tensors of one layer on their way to the disk; :meth:`write` may be called from any thread."""
+class PackedMatrix(NamedTuple):
+    """Packed bytes of a matrix (uint8) and its manifest entry."""
 
-    def __init__(self, file: SafetensorsWriter, sizes: dict[str, int]) -> None:
-        self._file = file
-        self._sizes = sizes
-        self._lock = threading.Lock()
-        self._entries: dict[str, dict] = {}
+    packed: torch.Tensor
+    entry: dict
 
-    def write(self, name: str, packed: torch.Tensor, error: torch.Tensor) -> None:
-        """Write one packed matrix.
+    @classmethod
+    def of(cls, packed: torch.Tensor, error: torch.Tensor) -> PackedMatrix:
+        """Make the entry: size, checksum, ``relative_error = sqrt(sum (q - w)^2 / sum w^2)``.
 
         Parameters
         ----------
-        name : str
-            ``experts.{e}.w13`` or ``experts.{e}.w2``.
         packed : Tensor
-            uint8, the bytes announced.
+            uint8.
         error : Tensor
             ``[2]``, fp64: sum of squared differences to the source, sum of squares of the source.
         """
-        crc32 = self._file.write(name, packed)
         difference, signal = error.tolist()
         entry = {
-            "bytes": self._sizes[name],
-            "crc32": f"{crc32:08x}",
+            "bytes": packed.numel(),
+            "crc32": f"{zlib.crc32(packed.numpy()):08x}",
             "relative_error": math.sqrt(difference / signal) if signal > 0 else 0.0,
         }
-        with self._lock:
-            self._entries[name] = entry
-
-    def commit(self) -> dict:
-        """Finish the file; returns its manifest entry."""
-        missing = [name for name in self._sizes if name not in self._entries]
-        if missing:
-            self.abort()
-            raise ValueError(f"layer file {self._file.path.name} lacks {missing[0]}; this is a bug of the converter.")
-        self._file.commit()
-        return {
-            "file": self._file.path.name,
-            "bytes": self._file.num_bytes,
-            "header_crc32": f"{self._file.header_crc32:08x}",
-            "tensors": {name: self._entries[name] for name in self._sizes},
-        }
-
-    def abort(self) -> None:
-        """Remove the unfinished file."""
-        self._file.abort()
+        return cls(packed, entry)
 
 
 def _brief(value: object) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import BASES, STYLES, config_of, layer_tensors, random_experts, write_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from kt_kernel import files
 from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
 from kt_kernel.loader import open_source
 from kt_kernel.methods import get_method
-from kt_kernel.safetensors_file import SafetensorsFile
 
 E, H, INNER = 4, 64, 48
 
@@ -24,7 +24,7 @@ def assert_holds(checkpoint: Checkpoint, layer: int, experts) -> None:
     for expert in range(experts.gate.shape[0]):
         for found, wanted in zip(checkpoint.expert(layer, expert), experts, strict=True):
             assert torch.equal(found, wanted[expert])
-        checkpoint.release(layer, expert)
+    checkpoint.close()
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -216,6 +216,24 @@ def test_an_index_to_a_missing_shard_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+def test_an_index_to_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}, num_shards=2)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    (wrong,) = set(index["weight_map"].values()) - {index["weight_map"][NAME]}
+    index["weight_map"][NAME] = wrong
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=f"{wrong} lacks tensor {NAME}"):
+        checkpoint.check_layer(0)
+
+
+def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}, num_shards=2))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing"):
+        checkpoint.check_layer(0)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
 def test_a_cut_off_file_is_refused(tmp_path: Path, keep: int) -> None:
     path = write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}) / "model.safetensors"
@@ -239,8 +257,8 @@ def test_a_cut_off_file_is_refused(tmp_path: Path, keep: int) -> None:
 def test_a_broken_header_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(ValueError, match=r"x.safetensors (has a broken|is)"):
-        SafetensorsFile(path)
+    with pytest.raises(ValueError, match=r"x.safetensors is no safetensors file or is cut off .*; copy it again"):
+        files.open_safetensors(path)
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
@@ -297,45 +315,45 @@ def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     assert_holds(Checkpoint(folder), 0, experts)
 
 
-def resident_file_kib() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+def resident_kib(kind: str) -> int:
+    """RssAnon (memory of the process) or RssFile (pages of mapped files)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1])
 
 
-def test_released_experts_leave_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", ["long", "fused"])
+def test_weights_are_views_and_closed_files_are_unmapped(tmp_path: Path, style: str) -> None:
     experts = random_experts(4, 1024, 1024)
-    checkpoint = Checkpoint(write_checkpoint(tmp_path, {0: experts}))
-    before = resident_file_kib()
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, {0: experts}, style=style))
+    anon, file = resident_kib("RssAnon"), resident_kib("RssFile")
     for expert in range(4):
-        checkpoint.prefetch(0, expert)
-        sum(weights.float().sum() for weights in checkpoint.expert(0, expert))
-    read = resident_file_kib() - before
-    assert read > 20_000, "four experts of 6 MiB were mapped"
-    for expert in range(4):
-        checkpoint.release(0, expert)
-    assert resident_file_kib() - before < read / 8
+        for weights in checkpoint.expert(0, expert):
+            weights.view(torch.uint8).max()
+    mapped = resident_kib("RssFile") - file
+    assert mapped > 20_000, "four experts of 6 MiB were read where they are"
+    assert resident_kib("RssAnon") - anon < 6_000, "not one of them was copied"
+    del weights
+    checkpoint.close()
+    assert resident_kib("RssFile") - file < mapped / 8
     assert_holds(checkpoint, 0, experts)
 
 
-def test_our_files_are_safetensors_files(tmp_path: Path) -> None:
-    from kt_kernel.safetensors_file import SafetensorsWriter
+def test_a_file_is_opened_once_while_a_layer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {layer: random_experts(E, H, INNER, seed=layer) for layer in range(2)}
+    folder = write_checkpoint(tmp_path, layers, num_shards=2)
+    opened: list[str] = []
+    real = files.safe_open
 
-    tensors = {
-        name: torch.randint(0, 255, (size,), dtype=torch.uint8) for name, size in (("a", 5), ("b", 64), ("c", 1))
-    }
-    writer = SafetensorsWriter(
-        tmp_path / "x.safetensors", {name: t.numel() for name, t in tensors.items()}, {"key": "value"}
-    )
-    for name in ("c", "a", "b"):
-        writer.write(name, tensors[name])
-    assert not (tmp_path / "x.safetensors").exists()
-    writer.commit()
-    for read in (
-        load_file(tmp_path / "x.safetensors"),
-        {n: SafetensorsFile(tmp_path / "x.safetensors").tensor(n) for n in tensors},
-    ):
-        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    def counted(path: Path, framework: str):
+        opened.append(path.name)
+        return real(path, framework=framework)
+
+    monkeypatch.setattr(files, "safe_open", counted)
+    checkpoint = Checkpoint(folder)
+    for layer, experts in layers.items():
+        assert_holds(checkpoint, layer, experts)
+        assert sorted(opened) == sorted(checkpoint.files(layer))
+        opened.clear()
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,18 @@ import pytest
 import torch
 from checkpoints import random_experts, write_checkpoint
 
-from kt_kernel import converter
+from kt_kernel import converter, packed_writer
 from kt_kernel.convert_command import main
 from kt_kernel.packed_folder import read_manifest, verify
 
 E, H, INNER = 4, 64, 48
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_cpu_weights.py"
+# Three experts of AMXINT4 to a file, one of the other methods.
+SHARD_BYTES = 21_000
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "SHARD_BYTES", SHARD_BYTES)
 
 
 @pytest.fixture
@@ -39,14 +45,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
-def test_the_bytes_do_not_depend_on_threads_or_nodes(source: Path, tmp_path: Path, quant: str) -> None:
+@pytest.mark.parametrize(("quant", "files_per_layer"), [("int4", 2), ("int8", 4), ("bf16", 4)])
+def test_the_bytes_do_not_depend_on_threads_or_nodes(
+    source: Path, tmp_path: Path, quant: str, files_per_layer: int
+) -> None:
     assert run(source, tmp_path / "one", "--quant-method", quant, "--cpuinfer-threads", "1") == 0
     assert run(source, tmp_path / "four", "--quant-method", quant, "--threadpool-count", "8") == 0
     found = contents(tmp_path / "one")
     assert found == contents(tmp_path / "four")
     assert set(found) == {
-        *(f"kt-layer-{layer:05d}.safetensors" for layer in (1, 2, 4)),
+        *(f"kt-layer-{layer:05d}-{shard:05d}.safetensors" for layer in (1, 2, 4) for shard in range(files_per_layer)),
         *("manifest.json", "config.json", "tokenizer.json"),
     }
 
@@ -130,7 +138,7 @@ def test_verify_by_command_line(source: Path, tmp_path: Path, caplog: pytest.Log
     assert run(source, output) == 0
     assert main(["--verify", str(output)]) == 0
     assert main(["--verify", "-o", str(output)]) == 0
-    path = output / "kt-layer-00002.safetensors"
+    path = output / "kt-layer-00002-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -147,35 +155,35 @@ class Killed(BaseException):
     """Stands for the end of the process, at a place a signal could hit."""
 
 
-@pytest.mark.parametrize("place", ["SafetensorsWriter.commit", "PackedWriter._write_manifest", "LayerWriter.write"])
+@pytest.mark.parametrize("place", ["save_file", "PackedWriter.write_shard", "PackedWriter._write_manifest"])
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_kill_at_every_step_costs_one_layer_at_most(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, moment: int, before: bool
 ) -> None:
-    from kt_kernel import packed_writer
-
     assert run(source, tmp_path / "whole") == 0
-    owner, name = place.split(".")
-    real = getattr(getattr(packed_writer, owner), name)
+    *owner, name = place.split(".")
+    target = getattr(packed_writer, owner[0]) if owner else packed_writer
+    real = getattr(target, name)
     left = [moment]
 
-    def dying(*args):
+    def dying(*args, **kwargs):
         left[0] -= 1
         if left[0] < 0 and before:
             raise Killed
-        result = real(*args)
+        result = real(*args, **kwargs)
         if left[0] < 0:
             raise Killed
         return result
 
     output = tmp_path / "o"
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(packed_writer, owner), name, dying)
+        patch.setattr(target, name, dying)
         with pytest.raises(Killed):
             run(source, output, "--cpuinfer-threads", "1")
-    # What a real kill leaves besides: a part file and the lock.
-    (output / "kt-layer-00004.safetensors.part").write_bytes(b"half")
+    # What a real kill leaves besides: a file being written and the lock.
+    (output / ".kt-part-x").mkdir()
+    (output / ".kt-part-x" / "kt-layer-00004-00000.safetensors").write_bytes(b"half")
     (output / ".kt-convert.lock").touch()
     finished = len(read_manifest(output)["layers"])
     result = converter.convert(
@@ -187,23 +195,32 @@ def test_a_kill_at_every_step_costs_one_layer_at_most(
     assert contents(output) == contents(tmp_path / "whole")
 
 
+def has_file_of(folder: Path, layer: int) -> bool:
+    """Whether a file of a layer is there or being written."""
+    return any(name.startswith(f"kt-layer-{layer:05d}-") for _, _, names in os.walk(folder) for name in names)
+
+
 def test_sigkill_at_random_moments_then_resume_is_byte_identical(tmp_path: Path) -> None:
     layers = {layer: random_experts(8, 512, 512, seed=layer) for layer in range(4)}
     source = write_checkpoint(tmp_path / "source", layers, num_shards=3)
-    assert run(source, tmp_path / "whole") == 0
     output = tmp_path / "o"
     generator = random.Random(11)
-    # One thread: a layer takes a tenth of a second, longer than the longest wait below.
-    command = [sys.executable, str(SCRIPT), "-i", str(source), "--input-type", "bf16", "-o", str(output)]
-    command += ["--cpuinfer-threads", "1"]
+    # One thread, three experts to a file: a layer takes a tenth of a second, longer than the longest wait below.
+    code = (
+        "import sys\n"
+        "from kt_kernel import convert_command, converter\n"
+        "converter.SHARD_BYTES = 1_500_000\n"
+        "sys.exit(convert_command.main())\n"
+    )
+    command = [sys.executable, "-c", code, "-i", str(source), "--input-type", "bf16", "--cpuinfer-threads", "1", "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    assert len(list((tmp_path / "whole").glob("kt-layer-00000-*"))) == 3
     kills = 0
     for layer in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             # A random moment while this layer is being written, if it is still to come.
-            final = output / f"kt-layer-{layer:05d}.safetensors"
-            part = final.with_name(final.name + ".part")
-            while process.poll() is None and not (part.exists() or final.exists()):
+            while process.poll() is None and not has_file_of(output, layer):
                 time.sleep(0.001)
             time.sleep(generator.random() * 0.05)
             if process.poll() is None:
@@ -212,7 +229,7 @@ def test_sigkill_at_random_moments_then_resume_is_byte_identical(tmp_path: Path)
         finally:
             process.wait()
     assert kills >= 3, "the kills must hit running conversions"
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*command, str(output)], check=True, capture_output=True)
     assert contents(output) == contents(tmp_path / "whole")
     assert verify(output) == []
 
@@ -229,11 +246,11 @@ def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path, caplo
 def test_a_damaged_layer_is_made_again(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(source, tmp_path / "o") == 0
     whole = contents(tmp_path / "o")
-    path = tmp_path / "o" / "kt-layer-00002.safetensors"
+    path = tmp_path / "o" / "kt-layer-00002-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-9] ^= 16
     path.write_bytes(data)
-    (tmp_path / "o" / "kt-layer-00004.safetensors").unlink()
+    (tmp_path / "o" / "kt-layer-00004-00000.safetensors").unlink()
     assert run(source, tmp_path / "o") == 0
     assert "tensor experts.3.w2" in caplog.text and "Layer 4 is converted again" in caplog.text
     assert contents(tmp_path / "o") == whole
@@ -276,17 +293,20 @@ def test_a_source_of_equal_size_and_other_weights_is_refused(
     assert "model-00002-of-00002.safetensors has changed since" in caplog.text
 
 
-def test_memory_is_a_few_experts(tmp_path: Path) -> None:
-    # 24 experts of 6 MiB: were they all held, bf16 and packed, it would be 200 MB.
-    source = write_checkpoint(tmp_path / "source", {0: random_experts(24, 1024, 1024)})
+def test_memory_is_one_file_and_a_few_experts(tmp_path: Path) -> None:
+    # 40 experts of 6 MiB bf16, 3 MiB packed, in files of 16 MiB: were they all held, it would be 126 MB packed alone.
+    source = write_checkpoint(tmp_path / "source", {0: random_experts(40, 1024, 1024)})
     code = (
-        "import resource, sys, torch\n"
-        "from kt_kernel.convert_command import main\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\n"
-        f"assert main(['-i', {str(source)!r}, '--input-type', 'bf16', '-o', {str(tmp_path / 'o')!r},"
-        " '--quant-method', 'int8', '--cpuinfer-threads', '2']) == 0\n"
-        "print(peak() - before)\n"
+        "from memory import anonymous_peak_kib\n"
+        "from kt_kernel import convert_command, converter\n"
+        "converter.SHARD_BYTES = 16 << 20\n"
+        f"command = ['-i', {str(source)!r}, '--input-type', 'bf16', '-o', {str(tmp_path / 'o')!r}]\n"
+        "command += ['--quant-method', 'int8', '--cpuinfer-threads', '2']\n"
+        "print(anonymous_peak_kib(lambda: convert_command.main(command)))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 80_000
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    assert len(list((tmp_path / "o").glob("*.safetensors"))) == 8
+    # A file of 16 MiB, two experts being packed with their rows in fp32, threads and imports.
+    assert int(result.stdout) < 60_000

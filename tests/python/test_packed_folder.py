@@ -6,13 +6,17 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import random_experts, write_checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from kt_kernel import KTMoEWrapper, packed_folder
+from kt_kernel import KTMoEWrapper, converter, files, packed_folder, packed_writer
 from kt_kernel.converter import ConvertOptions, convert
 from kt_kernel.loader import open_source
 from kt_kernel.methods import METHODS, get_method
@@ -20,6 +24,14 @@ from kt_kernel.packed_folder import PackedFolder, encode_manifest, read_manifest
 
 E, H, INNER = 4, 64, 48
 LAYERS = (1, 2)
+# Three experts of AMXINT4 to a file, one of the other methods.
+SHARD_BYTES = 21_000
+FILES = [f"kt-layer-{layer:05d}-{shard:05d}.safetensors" for layer in LAYERS for shard in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "SHARD_BYTES", SHARD_BYTES)
 
 
 def convert_tiny(root: Path, method: str = "AMXINT4", **changes) -> Path:
@@ -44,21 +56,29 @@ def rewrite_manifest(folder: Path, **changes) -> None:
 
 def test_the_manifest_says_what_was_made_from_what(folder: Path) -> None:
     manifest = read_manifest(folder)
-    assert manifest["format"] == "kt-packed-experts" and manifest["format_version"] == 1
+    assert manifest["format"] == "kt-packed-experts" and manifest["format_version"] == 2
     assert (manifest["method"], manifest["layout"]) == ("AMXINT4", METHODS["AMXINT4"].layout)
     assert manifest["moe_layers"] == list(LAYERS) and manifest["complete"] is True
     assert manifest["model"]["num_experts"] == E and manifest["input_type"] == "bf16"
     assert manifest["source_sha256"].keys() == {"model.safetensors"} == manifest["source_bytes"].keys()
-    tensors = manifest["layers"]["1"]["tensors"]
+    tensors = {name: entry for layer, name, entry in packed_folder.manifest_tensors(manifest) if layer == 1}
     assert list(tensors) == [f"experts.{expert}.{part}" for expert in range(E) for part in ("w13", "w2")]
     # int4 in groups of 32 of a normal distribution: an error near 0.08, and never 0 or 1
     assert all(0.05 < tensor["relative_error"] < 0.12 for tensor in tensors.values())
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "kt-layer-00001.safetensors",
-        "kt-layer-00002.safetensors",
-        "manifest.json",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", *FILES, "manifest.json"]
+    assert [name for entries in manifest["layers"].values() for name in entries] == FILES
+
+
+def test_files_hold_as_many_experts_as_fit(folder: Path) -> None:
+    packed = PackedFolder(folder)
+    for name, experts in zip(FILES, ((0, 1, 2), (3,)) * 2, strict=True):
+        tensors = load_file(folder / name)
+        assert set(tensors) == {f"experts.{expert}.{part}" for expert in experts for part in ("w13", "w2")}
+        assert sum(tensor.numel() for tensor in tensors.values()) <= SHARD_BYTES
+        for expert in experts:
+            for part, found in zip(("w13", "w2"), packed.expert(int(name[9:14]), expert), strict=True):
+                assert torch.equal(found, tensors[f"experts.{expert}.{part}"])
+        assert (folder / name).stat().st_mode & 0o777 == 0o644
 
 
 def test_the_recorded_error_is_that_of_the_stored_bytes(folder: Path) -> None:
@@ -68,8 +88,8 @@ def test_the_recorded_error_is_that_of_the_stored_bytes(folder: Path) -> None:
     wanted = torch.cat((experts.gate[3], experts.up[3])).double()
     stored = torch.cat(ops.dequantize_w13(packed.expert(2, 3)[0].clone(), packed.layout, INNER, H)).double()
     error = ((stored - wanted).norm() / wanted.norm()).item()
-    recorded = packed.manifest["layers"]["2"]["tensors"]["experts.3.w13"]["relative_error"]
-    assert recorded == pytest.approx(error, rel=1e-4)
+    recorded = packed.manifest["layers"]["2"][FILES[-1]]["tensors"]["experts.3.w13"]
+    assert recorded["relative_error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_a_whole_folder_verifies(folder: Path) -> None:
@@ -98,24 +118,23 @@ def test_any_flipped_bit_is_found_and_a_tensors_is_named(folder: Path) -> None:
 
 
 def test_verify_names_the_tensor(folder: Path) -> None:
-    path = folder / "kt-layer-00002.safetensors"
-    info = packed_folder.SafetensorsFile(path).tensors["experts.3.w13"]
+    path = folder / FILES[2]
     data = bytearray(path.read_bytes())
-    data[info.start + 17] ^= 4
+    data[data.index(load_file(path)["experts.1.w13"].numpy().tobytes()) + 17] ^= 4
     path.write_bytes(data)
-    assert verify(folder) == [f"tensor experts.3.w13 of {path} does not match its checksum."]
+    assert verify(folder) == [f"tensor experts.1.w13 of {path} does not match its checksum."]
 
 
 def test_missing_and_short_files_are_named(folder: Path) -> None:
-    path = folder / "kt-layer-00001.safetensors"
+    path = folder / FILES[0]
     path.write_bytes(path.read_bytes()[:-1])
     (folder / "config.json").unlink()
     problems = verify(folder)
     assert len(problems) == 2 and "instead of" in problems[0] and "config.json is missing" in problems[1]
-    with pytest.raises(ValueError, match="kt-layer-00001.safetensors has .* instead of"):
+    with pytest.raises(ValueError, match="kt-layer-00001-00000.safetensors has .* instead of"):
         PackedFolder(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="kt-layer-00001.safetensors is missing"):
+    with pytest.raises(ValueError, match="kt-layer-00001-00000.safetensors is missing"):
         PackedFolder(folder)
 
 
@@ -128,9 +147,9 @@ def test_an_unfinished_folder_is_refused(folder: Path) -> None:
 
 
 def test_another_format_version_is_refused(folder: Path) -> None:
-    rewrite_manifest(folder, format_version=2)
+    rewrite_manifest(folder, format_version=1)
     for read in (PackedFolder, verify):
-        with pytest.raises(ValueError, match="format version 2 and this kt_kernel reads version 1"):
+        with pytest.raises(ValueError, match="format version 1 and this kt_kernel reads version 2"):
             read(folder)
 
 
@@ -226,36 +245,68 @@ def test_the_source_is_opened_once_for_all_layers(folder: Path, monkeypatch: pyt
 # --- disks that fail ---
 
 
-@pytest.mark.parametrize(
-    ("call", "after"),
-    [("posix_fallocate", 0), ("posix_fallocate", 1), *((call, n) for call in ("pwrite", "fsync") for n in (0, 1, 4))],
-)
+@pytest.mark.parametrize("call", ["fsync", "replace", "save_file"])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_a_full_disk_leaves_only_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
 ) -> None:
     wanted = {path.name: path.read_bytes() for path in convert_tiny(tmp_path / "whole").iterdir()}
-    real = getattr(os, call)
+    owner = packed_writer if call == "save_file" else os
+    real = getattr(owner, call)
     left = [after]
 
-    def full(*args):
+    def full(*args, **kwargs):
         left[0] -= 1
-        if left[0] < 0:
+        if left[0] >= 0:
+            return real(*args, **kwargs)
+        if call != "save_file":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
+        args[1].write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     (tmp_path / "source").symlink_to(tmp_path / "whole" / "source")
     output = tmp_path / "converted-AMXINT4"
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
-        with pytest.raises(OSError, match="is full|failed") as caught:
+        patch.setattr(owner, call, full)
+        with pytest.raises(OSError, match=r"is full: .* needs \d+.\d\d GB, \d+.\d\d GB free") as caught:
             convert_tiny(tmp_path)
-    assert "\n" not in caught.value.strerror
+    assert caught.value.errno == errno.ENOSPC and "\n" not in caught.value.strerror
     for path in output.iterdir():
-        assert path.name in wanted or path.name.startswith(".kt-"), f"{path.name} is left behind"
+        assert path.name in wanted or path.name == ".kt-source-state.json", f"{path.name} is left behind"
         if path.suffix == ".safetensors":
             assert path.read_bytes() == wanted[path.name]
     convert_tiny(tmp_path)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == wanted
+
+
+def test_a_write_that_the_system_refuses_is_a_sentence(tmp_path: Path) -> None:
+    """The package itself fails to write, by a limit on file sizes."""
+    convert_tiny(tmp_path)
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))\n"
+        "from kt_kernel.convert_command import main\n"
+        f"sys.exit(main(['-i', {str(tmp_path / 'source')!r}, '--input-type', 'bf16', '-o', {str(tmp_path / 'o')!r}]))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 1 and f"writing {tmp_path}/o/kt-layer-00001-00000.safetensors failed" in errors[0]
+    assert "File too large" in errors[0]
+    assert {path.name for path in (tmp_path / "o").iterdir()} <= {"manifest.json", ".kt-source-state.json"}
+
+
+def test_a_write_that_fails_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    files.write_atomically(path, b"first")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="writing .*x failed: Input/output error"):
+        files.write_atomically(path, b"second")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_foreign_output_is_refused(tmp_path: Path) -> None:

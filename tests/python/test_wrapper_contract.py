@@ -6,6 +6,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,20 +281,19 @@ def test_loading_holds_the_packed_layer_and_a_few_experts(tmp_path) -> None:
     write_checkpoint(tmp_path, {0: random_experts(40, 1024, 1024)})
     code = (
         "import torch\n"
-        "from pathlib import Path\n"
+        "from memory import anonymous_kib, anonymous_peak_kib\n"
         "from kt_kernel import KTMoEWrapper\n"
-        "def kib(key):\n"
-        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
-        "    return int(next(line for line in lines if line.startswith(key)).split()[1])\n"
         f"w = KTMoEWrapper(0, 40, 2, 1024, 1024, None, 2, None, {str(tmp_path)!r}, 512, method='AMXINT8')\n"
-        "before = kib('VmRSS')\n"
-        "w.load_weights(torch.arange(40))\n"
-        "print(kib('VmHWM') - before, kib('VmRSS') - before, w.moe.bytes // 1024)\n"
+        "before = anonymous_kib()\n"
+        "peak = anonymous_peak_kib(lambda: w.load_weights(torch.arange(40)))\n"
+        "print(peak, anonymous_kib() - before, w.moe.bytes // 1024)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
     peak, after, packed = map(int, result.stdout.split())
-    # One batch of source pages (64 MiB) and what the allocator keeps.
-    assert peak < packed + 100_000
+    # The source is read where the kernel caches it; what is left are the allocator's leftovers.
+    assert packed < peak < packed + 30_000
     assert after < packed + 30_000
 
 
