@@ -24,7 +24,7 @@ def open_safetensors(path: Path) -> safe_open:
     Raises
     ------
     ValueError
-        Missing, cut off or no safetensors file; one sentence that names it.
+        Missing, cut off, no safetensors file, or larger than the system lets be mapped; one sentence that names it.
     """
     try:
         return safe_open(path, framework="pt")
@@ -32,6 +32,8 @@ def open_safetensors(path: Path) -> safe_open:
         raise ValueError(f"{path} is missing; copy it again.") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no safetensors file or is cut off ({error}); copy it again.") from error
+    except RuntimeError as error:  # torch, which maps the data privately and so needs the kernel to allow for its size
+        raise ValueError(f"{path} cannot be mapped ({error}); allow more address space (ulimit -v).") from error
 
 
 class OpenFiles:

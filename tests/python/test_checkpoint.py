@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
 from pathlib import Path
 
@@ -261,6 +262,20 @@ def test_a_broken_header_is_refused(tmp_path: Path, header: bytes) -> None:
         files.open_safetensors(path)
 
 
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(64 << 20, dtype=torch.uint8)}, path)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    # Room for one mapping of the file, not for the package's and torch's.
+    resource.setrlimit(resource.RLIMIT_AS, (virtual + (96 << 20), limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"x.safetensors cannot be mapped .*Cannot allocate memory"):
+            files.open_safetensors(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     method = get_method("AMXINT8")
     with pytest.raises(ValueError, match="does not exist"):
@@ -354,6 +369,15 @@ def test_a_file_is_opened_once_while_a_layer_is_read(tmp_path: Path, monkeypatch
         assert_holds(checkpoint, layer, experts)
         assert sorted(opened) == sorted(checkpoint.files(layer))
         opened.clear()
+
+
+def test_bytes_beside_the_experts(tmp_path: Path) -> None:
+    from kt_kernel.integrations.sglang.memory import bytes_without_experts
+
+    folder = write_checkpoint(tmp_path, {1: random_experts(E, H, INNER)}, num_shards=2)
+    # The embedding, [4, 64] bf16, and a dense layer's [4, 4] fp32.
+    assert bytes_without_experts(folder) == 4 * 64 * 2 + 4 * 4 * 4
+    assert bytes_without_experts(tmp_path / "not-there") == 0
 
 
 @pytest.mark.parametrize(
