@@ -134,12 +134,18 @@ void CpuStream::run(std::function<void()> job) {
   uint64_t ticket = 0;
   {
     const std::lock_guard<std::mutex> lock(state.mutex);
-    if (state.num_completed.load(std::memory_order_acquire) == state.num_submitted) {
+    // another caller's run() counts as completed before it has cleared caller_runs
+    if (!state.caller_runs &&
+        state.num_completed.load(std::memory_order_acquire) == state.num_submitted) {
       ticket = ++state.num_submitted;
       state.caller_runs = true;
     }
   }
   if (ticket == 0) {
+    // before it is queued: it refers to what ends with this call
+    KT_CHECK(std::this_thread::get_id() != state.runner.load(std::memory_order_relaxed),
+             "A job of the stream calls run(), which waits for its own end: this never ends; call "
+             "the inner job directly.");
     wait(submit(std::move(job)));
     return;
   }

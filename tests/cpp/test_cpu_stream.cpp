@@ -279,6 +279,46 @@ TEST(CpuStream, SeveralThreadsRunAndSubmitOneAtATime) {
   EXPECT_EQ(total, 600);
 }
 
+// A run() that ends while another begins must not open the stream's thread to the queue. Many
+// waiters: while the first run() wakes them all, one that is awake already begins the next.
+TEST(CpuStream, RunsAndSubmittedJobsNeverOverlap) {
+  std::atomic<int> inside{0};
+  std::atomic<int> overlaps{0};
+  const auto body = [&] {
+    if (inside.fetch_add(1) != 0) ++overlaps;
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    inside.fetch_sub(1);
+  };
+  for (int round = 0; round < 20; ++round) {
+    CpuStream stream;
+    std::vector<std::thread> threads;
+    stream.run([&] {
+      for (int t = 0; t < 16; ++t) {
+        threads.emplace_back([&] {
+          stream.wait(1);
+          stream.run(body);
+          stream.wait(stream.submit(body));
+        });
+      }
+      std::this_thread::sleep_for(milliseconds(10));
+    });
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(stream.completed(), 33u);
+  }
+  EXPECT_EQ(overlaps.load(), 0);
+}
+
+// The closure that run() was given ends with the call: nothing of it may stay in the queue.
+TEST(CpuStream, ARefusedRunLeavesNothingBehind) {
+  CpuStream stream;
+  bool ran = false;
+  stream.run([&] { EXPECT_THROW(stream.run([&] { ran = true; }), Error); });
+  EXPECT_THROW(stream.wait(stream.submit([&] { stream.run([&] { ran = true; }); })), Error);
+  EXPECT_EQ(stream.completed(), 2u);
+  stream.wait(stream.submit([] {}));
+  EXPECT_FALSE(ran);
+}
+
 TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
   const auto cpu_seconds = [] {
     rusage usage;
