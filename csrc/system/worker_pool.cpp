@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -52,6 +53,23 @@ struct alignas(64) WorkerSlot {
   int bind_node = -1;  // memory policy, the kernel's node id; -1: none
   Arrival* leaf = nullptr;
   std::exception_ptr error;
+};
+
+// Rounding of a new process: to nearest, subnormals kept, no traps. Threads inherit their creator's,
+// which -ffast-math libraries and torch.set_flush_denormal() change, and the bits of a result must
+// not depend on who computes it.
+constexpr unsigned kDefaultRounding = 0x1f80;
+
+// Gives the calling thread the default rounding while it lives, then what it had.
+class DefaultRounding {
+ public:
+  DefaultRounding() : before_(_mm_getcsr()) { _mm_setcsr(kDefaultRounding); }
+  ~DefaultRounding() { _mm_setcsr(before_); }
+  DefaultRounding(const DefaultRounding&) = delete;
+  DefaultRounding& operator=(const DefaultRounding&) = delete;
+
+ private:
+  const unsigned before_;
 };
 
 int read_spin_env() {
@@ -221,6 +239,7 @@ void WorkerPool::State::release_step() {
 
 void WorkerPool::State::worker_loop(WorkerSlot& slot) {
   pthread_setname_np(pthread_self(), ("kt_w" + std::to_string(slot.worker.index)).c_str());
+  _mm_setcsr(kDefaultRounding);
   // refused in some containers; detect_topology() has told the user
   if (slot.bind_node >= 0) prefer_node_for_thread(slot.bind_node);
   ParkingWord& word = steps[slot.worker.node];
@@ -305,6 +324,7 @@ void WorkerPool::run(std::initializer_list<Phase> phases) {
     ~Leave() { running.store(false, std::memory_order_release); }
   } leave{state.running};
   if (phases.size() == 0) return;
+  const DefaultRounding rounding;
 
   state.phases = phases.begin();
   state.num_phases = static_cast<int>(phases.size());

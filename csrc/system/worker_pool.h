@@ -46,7 +46,8 @@ class WorkerPool {
   int num_nodes() const;
   const PoolPlan& plan() const;
 
-  // Runs phases[0] on every worker, a barrier, phases[1], ... and returns when all are done.
+  // Runs phases[0] on every worker, a barrier, phases[1], ... and returns when all are done. Phases
+  // round to nearest and keep subnormals, whatever the caller's thread is set to.
   void run(std::initializer_list<Phase> phases);
 
   // Pins the calling thread as worker 0 (affinity and memory policy), if the plan pins.

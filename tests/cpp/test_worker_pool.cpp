@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/resource.h>
+#include <xmmintrin.h>
 
 #include <atomic>
 #include <chrono>
@@ -306,6 +307,26 @@ TEST(WorkerPool, ACpuThatIsNotThereIsAWarning) {
   ASSERT_EQ(pool.plan().warnings.size(), 1u);
   EXPECT_NE(pool.plan().warnings[0].find("1 of 2"), std::string::npos) << pool.plan().warnings[0];
   pool.run({[](const Worker&) {}});
+}
+
+// Libraries built with -ffast-math and torch.set_flush_denormal() leave the calling thread, and the
+// threads it creates, with a rounding of their own.
+TEST(WorkerPool, EveryWorkerRoundsByTheDefaultAndTheCallerGetsItsOwnBack) {
+  constexpr unsigned kFlushToZero = 0x8000 | 0x40;
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | kFlushToZero);
+  std::vector<float> halves(3);
+  const volatile float smallest_normal = 0x1p-126f;
+  {
+    WorkerPool pool(plan_of({3}));
+    pool.run({[&](const Worker& w) { halves[w.index] = smallest_normal * 0.5f; }});
+    EXPECT_EQ(_mm_getcsr() & kFlushToZero, kFlushToZero);
+    EXPECT_THROW(pool.run({[](const Worker&) { throw std::runtime_error("planned"); }}),
+                 std::runtime_error);
+    EXPECT_EQ(_mm_getcsr() & kFlushToZero, kFlushToZero);
+  }
+  _mm_setcsr(before);
+  EXPECT_EQ(halves, std::vector<float>(3, 0x1p-127f));
 }
 
 TEST(WorkerPool, RefusesEmptyPlans) {
