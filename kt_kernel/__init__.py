@@ -14,7 +14,9 @@ def _refuse_incumbent() -> None:
     # PyPI's kt-kernel installs a package folder of the same name: the one that came last has overwritten the other.
     try:
         version = _metadata.version("kt-kernel")
-    except _metadata.PackageNotFoundError:
+    except Exception:  # not there; or what an interrupted uninstall left cannot be read, which is no package either
+        return
+    if not version:
         return
     raise ImportError(
         f"kt-kernel {version} from PyPI installs the same package folder kt_kernel; run "
