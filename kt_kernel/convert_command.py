@@ -151,6 +151,12 @@ def _verify(folder: str) -> int:
     return 0
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -169,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _verify(args.verify or args.output or "")
         return _convert(args)
     except (ValueError, OSError) as error:
-        logger.error("%s", error.strerror if isinstance(error, OSError) and error.strerror else error)
+        logger.error("%s", _sentence(error))
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted; start the same command again to go on.")

@@ -124,6 +124,16 @@ def test_missing_flags_and_the_source_as_output(source: Path, caplog: pytest.Log
     assert "is the checkpoint itself" in caplog.text and contents(source) == before
 
 
+def test_an_output_that_cannot_be_a_folder_is_named(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "o", "Not a directory")):
+        caplog.clear()
+        assert run(source, output) == 1
+        assert [record.getMessage() for record in caplog.records] == [f"{output}: {reason}"]
+
+
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     experts = random_experts(E, H, INNER)
     experts.down[2, 5, 6] = float("inf")
