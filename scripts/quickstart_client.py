@@ -48,9 +48,11 @@ def choose_port(wanted: int | None) -> int:
     Raises
     ------
     RuntimeError
-        The wanted port is taken, or all that were tried.
+        The wanted port is taken or no port number, or all that were tried are taken.
     """
     if wanted is not None:
+        if not 0 < wanted < 1 << 16:
+            raise RuntimeError(f"port {wanted} does not exist; give a --port from 1 to 65535.")
         if not is_free(wanted):
             raise RuntimeError(f"port {wanted} is in use; give another --port, or stop what listens there.")
         return wanted
