@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("sglang", "transformers", "safetensors", "numpy", "triton")
+_FOLDER_VARIABLES = ("KT_DEMO_DIR", "KT_BUILD_DIR")  # paths hold names of users
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy")
 
 
@@ -81,7 +82,11 @@ def collect() -> dict[str, Any]:
         },
         "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
         "environment": {
-            "set": {v.name: os.environ[v.name] for v in ENVIRONMENT if os.environ.get(v.name)},
+            "set": {
+                v.name: "a folder" if v.name in _FOLDER_VARIABLES else os.environ[v.name]
+                for v in ENVIRONMENT
+                if os.environ.get(v.name)
+            },
             "unknown": unknown_variables(),
         },
     }

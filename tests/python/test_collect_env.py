@@ -29,7 +29,9 @@ def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["topology"]["num_cores"] >= 1
 
 
-def test_the_text_names_every_kernel_and_node() -> None:
+def test_the_text_names_every_kernel_and_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KT_DEMO_DIR", "KT_BUILD_DIR"):
+        monkeypatch.setenv(name, str(Path.home() / "work"))
     report = collect()
     text = format_report(report)
     for kernel in report["kernels"]["table"]:
