@@ -145,6 +145,11 @@ def environment_table() -> str:
     return "\n".join(rows)
 
 
+# Widths of a layer: the kernels work on whole vectors (csrc/moe/moe_config.cpp refuses others, too, but only when the
+# layer is made, after the model's other weights have been read).
+SIZE_MULTIPLE = 16
+
+
 def is_count(value: object) -> bool:
     """Whether a value is an integer number (bool is not)."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -168,7 +173,7 @@ class MoEConfig:
     Raises
     ------
     ValueError
-        A size below 1, or top_k above num_experts.
+        A size below 1, a width the kernels cannot compute, or top_k above num_experts.
     """
 
     layer_idx: int
@@ -184,6 +189,11 @@ class MoEConfig:
             value = getattr(self, name)
             if not is_count(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % SIZE_MULTIPLE:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; the kernels compute multiples of {SIZE_MULTIPLE} only."
+                )
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k is {self.top_k}, above num_experts = {self.num_experts}; "

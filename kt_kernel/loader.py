@@ -219,6 +219,10 @@ class _LoadingReport:
         with self._lock:
             self._announced += 1
 
+    def withdraw(self) -> None:
+        with self._lock:
+            self._announced = max(self._announced - 1, 0)
+
     def begin_layer(self, layer_bytes: int) -> Progress:
         with self._lock:
             if self._progress is None:
@@ -254,6 +258,11 @@ _report = _LoadingReport()
 def announce_layer() -> None:
     """Count a layer whose weights will be loaded, so that progress knows how far it is."""
     _report.announce()
+
+
+def withdraw_layer() -> None:
+    """Take back an announcement: the layer gets its weights from elsewhere."""
+    _report.withdraw()
 
 
 def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: list[int]) -> None:

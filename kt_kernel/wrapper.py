@@ -61,7 +61,7 @@ class KTMoEWrapper:
     chunked_prefill_size : int, optional
         Not needed: scratch grows to the largest batch seen.
     max_deferred_experts_per_token : int, optional
-        Accepted; deferral is not used yet.
+        Accepted; deferral is not used yet. Above num_experts_per_tok means all.
     method : str, optional
         AMXINT8, AMXINT4 or BF16; None: AMXINT4.
     numa_nodes : sequence of int, optional
@@ -151,10 +151,12 @@ class KTMoEWrapper:
         self._tickets: deque[tuple[torch.Tensor, torch.Size, torch.dtype]] = deque()
         self._hosted = torch.zeros(num_experts, dtype=torch.bool)
         self._checked_mask_version = -1
-        if weight_path is not None:
+        self._announced = False
+        if weight_path:
             from kt_kernel.loader import announce_layer
 
             announce_layer()
+            self._announced = True
 
     # --- construction ---
 
@@ -176,11 +178,8 @@ class KTMoEWrapper:
 
     def _check_deferred(self, value: int | None) -> int:
         count = 0 if value is None else value
-        if not is_count(count) or not 0 <= count <= self.num_experts_per_tok:
-            raise ValueError(
-                f"max_deferred_experts_per_token is {count!r}; it must be an integer from 0 to num_experts_per_tok = "
-                f"{self.num_experts_per_tok}."
-            )
+        if not is_count(count) or count < 0:
+            raise ValueError(f"max_deferred_experts_per_token is {count!r}; it must be an integer of at least 0.")
         if count:
             _warn_once(
                 "deferred",
@@ -207,13 +206,14 @@ class KTMoEWrapper:
         """
         from kt_kernel import loader
 
-        if self.weight_path is None:
+        if not self.weight_path:
             raise ValueError(f"layer {self.layer_idx} was made without weight_path; pass the folder of its weights.")
         source = loader.open_source(Path(self.weight_path), self._method)
         source.check(self.config)
         order = self._check_map(physical_to_logical_map, source.num_experts())
         experts = self._new_experts(source.layout)
         loader.load_layer(experts, source, order)
+        self._announced = False
         self._adopt(experts)
 
     def load_weights_from_tensors(
@@ -254,6 +254,11 @@ class KTMoEWrapper:
                     f"{name} has shape {list(tensor.shape)}; it must be [{self.num_experts}, {shape[0]}, {shape[1]}]."
                 )
         order = self._check_map(physical_to_logical_map_cpu, num_logical)
+        if self._announced:
+            from kt_kernel.loader import withdraw_layer
+
+            withdraw_layer()
+            self._announced = False
         experts = self._new_experts(self._method.layout)
         for start in range(0, len(experts.expert_ids), 8):
             slots = experts.expert_ids[start : start + 8]

@@ -71,3 +71,15 @@ def test_loading_a_model_counts_all_its_layers(tmp_path, caplog: pytest.LogCaptu
     lines = [record.getMessage() for record in caplog.records]
     assert re.match(r"loading CPU experts: layer 0 \(1/3\), .* GB/s, ETA", lines[0])
     assert re.match(r"loading CPU experts: layer 2 \(3/3\), .* GB/s, done in", lines[-1])
+
+
+def test_layers_that_get_tensors_are_not_waited_for(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    experts = random_experts(4, 64, 48)
+    write_checkpoint(tmp_path, {0: experts})
+    wrappers = [KTMoEWrapper(0, 4, 2, 64, 48, None, 2, None, path, 512) for path in (str(tmp_path), "", str(tmp_path))]
+    with caplog.at_level(logging.INFO, "kt_kernel"):
+        wrappers[0].load_weights_from_tensors(*experts)
+        wrappers[1].load_weights_from_tensors(*experts)
+        wrappers[2].load_weights(torch.arange(4))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "layer 0 (1/1)" in lines[0] and "done in" in lines[0]

@@ -131,7 +131,7 @@ def test_more_pools_than_nodes_are_clamped_with_one_warning(caplog: pytest.LogCa
         ({"numa_nodes": [0, 1]}, ValueError, "names 2 nodes and threadpool_count is 1"),
         ({"numa_nodes": [0, 0], "threadpool_count": 2}, ValueError, "only once"),
         ({"numa_nodes": [977]}, RuntimeError, "977"),
-        ({"max_deferred_experts_per_token": 3}, ValueError, "max_deferred_experts_per_token is 3"),
+        ({"max_deferred_experts_per_token": -1}, ValueError, "max_deferred_experts_per_token is -1"),
     ],
 )
 def test_a_bad_constructor_argument_is_named(changes: dict, error: type[Exception], words: str) -> None:
@@ -150,8 +150,8 @@ def test_an_environment_variable_that_is_no_number_is_named(monkeypatch: pytest.
 
 def test_deferral_is_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "kt_kernel"):
-        wrappers = [make(max_deferred_experts_per_token=2) for _ in range(3)]
-    assert wrappers[0].max_deferred_experts_per_token == 2
+        wrappers = [make(max_deferred_experts_per_token=count) for count in (K, K, K + 1)]
+    assert wrappers[0].max_deferred_experts_per_token == K
     assert len([record for record in caplog.records if "not used yet" in record.getMessage()]) == 1
 
 
@@ -263,13 +263,15 @@ def test_weights_can_be_loaded_again(experts: Experts) -> None:
 
 
 def test_sizes_the_kernels_cannot_compute_are_named() -> None:
-    with pytest.raises(RuntimeError, match="moe_intermediate_size 40 must be multiples of 16"):
-        loaded(random_experts(E, H, 40), moe_intermediate_size=40)
+    with pytest.raises(ValueError, match="intermediate_size is 40; the kernels compute multiples of 16 only"):
+        make(moe_intermediate_size=40)
+    with pytest.raises(ValueError, match="hidden_size is 200; the kernels compute multiples of 16 only"):
+        make(hidden_size=200)
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [(None, "without weight_path"), ("/nowhere/at/all", "/nowhere/at/all does not exist")],
+    [(None, "without weight_path"), ("", "without weight_path"), ("/nowhere/at/all", "/nowhere/at/all does not exist")],
 )
 def test_a_missing_weight_path_is_named(path: str | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
