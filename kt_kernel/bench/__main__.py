@@ -9,6 +9,7 @@ from kt_kernel.bench import layer
 
 
 def main() -> int:
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kt_kernel.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     layer.add_arguments(commands.add_parser("layer", help="one MoE layer beside the machine's limits"))

@@ -33,7 +33,7 @@ MAX_DRIFT = 0.07
 MAX_WEIGHT_BYTES = 3 << 30
 # Relative rms error against fp32 on the same weights before quantization. Derived in tests/cpp/test_moe_layer.cpp; here
 # only gross errors are to be found, so twice that.
-CHECK_BOUND = {"bf16": 0.01, "int8": 0.05, "int4": 0.4}
+CHECK_BOUND = {"bf16": 2 / 256, "int8": 0.04, "int4": 0.4}
 
 
 @dataclass
@@ -51,15 +51,23 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the bench."""
     parser.add_argument("--method", default="AMXINT8", choices=list(METHODS))
     parser.add_argument("--shape", default="qwen3-30b", choices=list(SHAPES))
     parser.add_argument("--tokens", default="1,8,64,1024", help="token counts, comma separated")
-    parser.add_argument("--threads", type=int, default=0, help="0: usable physical cores")
+    parser.add_argument("--threads", type=int, default=0, help="0: KT_NUM_THREADS, else the usable cores")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run the bench and print its result.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 1 wrong result, 2 bad arguments, 3 the machine was not quiet (the result is printed anyway).
+    """
     try:
         token_counts = [int(count) for count in args.tokens.split(",")]
         if min(token_counts) < 1 or args.rounds < 1:
@@ -69,7 +77,11 @@ def main(args: argparse.Namespace) -> int:
         return 2
     method = get_method(args.method)
     shape = cut_to_machine(SHAPES[args.shape], method)
-    engine = get_engine(EngineConfig(num_threads=args.threads))
+    try:
+        engine = get_engine(EngineConfig.resolve(args.threads or None))
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
     experts, error = build_layer(shape, method, engine)
     if error > CHECK_BOUND[method.weight_dtype]:
         print(f"wrong result: relative error {error:.3f} is above {CHECK_BOUND[method.weight_dtype]}.", file=sys.stderr)
@@ -176,6 +188,21 @@ def measure(experts: CpuExperts, shape: Shape, token_counts: list[int], rounds: 
 
 
 def summarize(tokens: int, samples: list, shape: Shape, reads: list[float], peak: float) -> Row:
+    """Medians over the samples of one token count.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens of a forward.
+    samples : list of tuple
+        ``(seconds, weight bytes, operations, round)`` of each forward.
+    shape : Shape
+        The layer.
+    reads : list of float
+        Read bandwidth in bytes a second, by round.
+    peak : float
+        Register peak in operations a second.
+    """
     by_read = [size / seconds / reads[int(index)] for seconds, size, _, index in samples]
     by_peak = [operations / seconds / peak for seconds, _, operations, _ in samples]
     # the limit that binds is the one whose share is larger
@@ -193,6 +220,7 @@ def summarize(tokens: int, samples: list, shape: Shape, reads: list[float], peak
 
 
 def describe(args: argparse.Namespace, shape: Shape, experts: CpuExperts, error: float) -> dict:
+    """What was measured, on what and how to repeat it."""
     pages = experts.layer.pages()
     return {
         "method": args.method,
@@ -211,14 +239,17 @@ def describe(args: argparse.Namespace, shape: Shape, experts: CpuExperts, error:
 
 
 def commit() -> str:
-    """Commit of the source tree this package runs from, or "" (installed from a wheel)."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    """Commit of the source tree this package runs from, or "" (installed from a wheel, or there is no git)."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def print_table(result: dict) -> None:
+    """Print a result of :func:`measure` and :func:`describe` as a table in Markdown."""
     print(f"{result['machine']}; commit {result['commit'] or 'unknown'}")
     print(f"`{result['command']}`")
     print(

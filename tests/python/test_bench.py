@@ -53,3 +53,11 @@ def test_bad_arguments_are_one_sentence():
     done = run_bench("--tokens", "1,zero")
     assert done.returncode == 2
     assert done.stderr.strip() == "--tokens 1,zero and --rounds 40 must be positive numbers."
+    done = run_bench("--threads", "-1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("cpuinfer_threads is -1; it must be") and done.stderr.count("\n") == 1
+
+
+def test_the_commit_is_empty_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert layer.commit() == ""
