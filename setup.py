@@ -85,7 +85,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     # Asked for by pip's isolated build; here rather than in pyproject.toml because the version is a variable.
     setup_requires=[f"torch=={TORCH_VERSION}", "pybind11>=2.12", *BUILD_TOOLS],
-    install_requires=[f"torch=={TORCH_VERSION}", "numpy", "safetensors>=0.8", "tqdm>=4.60", "psutil>=5.9"],
+    install_requires=[f"torch=={TORCH_VERSION}", "numpy", "safetensors>=0.8", "tqdm>=4.60"],
     entry_points={
         "sglang.srt.plugins": ["kt_kernel = kt_kernel.integrations.sglang:register"],
         "sglang.srt.platforms": ["kt_cpu = kt_kernel.integrations.sglang:activate"],
