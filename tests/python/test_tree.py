@@ -181,6 +181,61 @@ def test_imports_are_seen_inside_functions() -> None:
     assert imported_modules("def f():\n    from sglang.srt import x\n") == {"sglang"}
 
 
+# Modules of kt_kernel from the bottom up: each may import from rows above its own only, at any depth of its code.
+PYTHON_LAYERS = (
+    ("_ext", "_build_info", "config", "files", "methods", "placement", "progress"),
+    ("ops", "checkpoint", "packed_folder"),
+    ("experts", "packed_writer"),
+    ("loader", "converter"),
+    ("wrapper", "collect_env", "convert_command", "bench"),
+    ("integrations",),
+    ("demo", "launch_server"),
+)
+PYTHON_RANK = {module: rank for rank, modules in enumerate(PYTHON_LAYERS) for module in modules}
+
+
+def imported_layers(text: str) -> set[str]:
+    """Modules of PYTHON_LAYERS that a file of kt_kernel imports."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "kt_kernel":
+            parts = node.module.split(".")[1:]
+            found.update(parts[:1] or (alias.name for alias in node.names))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kt_kernel."))
+    return found - {"__version__"}
+
+
+def layer_findings(module: str, text: str) -> list[str]:
+    if module not in PYTHON_RANK:
+        return [f"kt_kernel/{module} has no place in PYTHON_LAYERS"]
+    wrong = [name for name in imported_layers(text) if PYTHON_RANK.get(name, 99) >= PYTHON_RANK[module]]
+    return [f"{module} may not import {name}" for name in sorted(wrong) if name != module]
+
+
+def test_python_modules_follow_the_layers() -> None:
+    findings = []
+    for path in python_files("kt_kernel"):
+        module = path.relative_to(ROOT / "kt_kernel").parts[0].removesuffix(".py")
+        if module != "__init__":
+            findings += layer_findings(module, path.read_text())
+    assert not findings, "\n".join(findings)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("experts", "from kt_kernel.wrapper import KTMoEWrapper"),
+        ("loader", "def f():\n    from kt_kernel import converter"),
+        ("wrapper", "import kt_kernel.integrations.sglang"),
+        ("config", "from kt_kernel import KTMoEWrapper"),
+        ("extra", ""),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, line: str) -> None:
+    assert layer_findings(module, line)
+
+
 # Names.
 
 MODEL_NAMES = re.compile(r"qwen|deepseek|mixtral|llama(?!file)|kimi|\bglm|minimax|smollm|mistral", re.IGNORECASE)
