@@ -15,6 +15,8 @@ constexpr int kColumns = 64;
 constexpr int kMinRotation = 32;
 constexpr int kMaxRotation = 1024;
 constexpr int kMaxGroupSize = 65536;
+// Largest n and k: sizes in bytes (n * k * 2) stay below 2^63 and groups of k are ints.
+constexpr int64_t kMaxSize = int64_t{1} << 30;
 
 // Takes `prefix` off the front of `text` if it stands there.
 bool take(std::string_view& text, std::string_view prefix) {
@@ -101,12 +103,12 @@ PackedLayout PackedLayout::parse(const std::string& name) {
 }
 
 int64_t PackedLayout::padded_k(int64_t k) const {
-  KT_CHECK(k > 0, "k must be positive, got " << k);
+  KT_CHECK(k > 0 && k <= kMaxSize, "k must be from 1 to " << kMaxSize << ", got " << k);
   return round_up(k, code == DType::kBFloat16 ? 32 : 64);
 }
 
 int64_t PackedLayout::num_panels(int64_t n) const {
-  KT_CHECK(n > 0, "n must be positive, got " << n);
+  KT_CHECK(n > 0 && n <= kMaxSize, "n must be from 1 to " << kMaxSize << ", got " << n);
   return ceil_div(n, kColumns);
 }
 

@@ -35,6 +35,7 @@ struct PackedLayout {
   // Inverse of name(). Errors: kt::Error naming the string and the known forms.
   static PackedLayout parse(const std::string& name);
 
+  // Errors of all sizes: kt::Error for n or k outside 1 .. 2^30.
   int64_t padded_k(int64_t k) const;             // multiple of 64 (int8, int4) or 32 (bf16)
   int64_t num_panels(int64_t n) const;           // ceil(n / 64)
   int64_t panel_bytes(int64_t k) const;          // a multiple of 64

@@ -64,9 +64,9 @@ Packed quantize_pack_w13(const at::Tensor& gate, const at::Tensor& up, c10::stri
 }
 
 const uint8_t* check_packed(const at::Tensor& packed, const PackedLayout& layout, int64_t panels, int64_t k) {
-  KT_CHECK(k > 0 && panels > 0, "packed sizes must be positive, got k = " << k << ".");
   check_cpu(packed, "packed");
-  const int64_t bytes = panels * layout.panel_bytes(k);
+  KT_CHECK(panels > 0, "intermediate_size must be positive.");
+  const int64_t bytes = layout.matrix_bytes(panels * 64, k);
   KT_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.numel() == bytes,
            "packed is " << packed.numel() << " elements of " << c10::toString(packed.scalar_type()) << "; "
                         << layout.name() << " needs " << bytes << " contiguous bytes (uint8).");
@@ -77,6 +77,7 @@ const uint8_t* check_packed(const at::Tensor& packed, const PackedLayout& layout
 at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_view layout_name, int64_t k) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const bool is_bf16 = layout.code == DType::kBFloat16;
+  check_cpu(codes, "codes");
   check_matrix(is_bf16 ? codes : scales, is_bf16 ? "codes" : "scales");
   const at::ScalarType code_type = is_bf16 ? at::kBFloat16 : at::kChar;
   const int64_t n = codes.size(0);

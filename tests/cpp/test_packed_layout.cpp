@@ -104,6 +104,10 @@ TEST(PackedLayoutSize, PadsToWholeStepsAndPanels) {
   EXPECT_EQ(int8.num_panels(65), 2);
   EXPECT_THROW(int8.padded_k(0), Error);
   EXPECT_THROW(int8.num_panels(-1), Error);
+  // what would overflow an int or the bytes of a matrix
+  EXPECT_THROW(int8.num_panels((int64_t{1} << 30) + 1), Error);
+  EXPECT_THROW(int8.panel_bytes(int64_t{1} << 40), Error);
+  EXPECT_EQ(int8.matrix_bytes(1 << 30, 1 << 30), (int64_t{1} << 60) + (int64_t{512} << 24));
 }
 
 TEST(PackedLayoutSize, CountsBytesOfCodesScalesAndCompensation) {
