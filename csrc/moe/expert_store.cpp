@@ -102,7 +102,13 @@ void ExpertStore::check_expert(int expert) const {
 // that owns the panel, so that first touch is local.
 template <typename Fill>
 void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
-  for (const int expert : experts) check_expert(expert);
+  std::vector<char> given(slot_.size(), 0);
+  for (const int expert : experts) {
+    check_expert(expert);
+    KT_CHECK(!given[expert], "layer " << config_.layer_idx << ": expert " << expert
+                                      << " is given twice in one load; its panels would be written by two threads.");
+    given[expert] = 1;
+  }
   const auto body = [&](const Worker& worker) {
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
       const IndexRange panels = node_panels(projection, worker.node);

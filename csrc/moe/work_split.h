@@ -11,7 +11,7 @@ namespace kt {
 
 // Units are (item, panel) pairs in item-major order; all panels of an item cost the same.
 //
-// The first kStaticShare of the cost is cut into contiguous ranges, one a worker, so that each worker's weights are one
+// All but 1 / kTailDivisor of the cost is cut into contiguous ranges, one a worker, so that each worker's weights are one
 // ascending stream; the rest is taken unit by unit from a counter, which absorbs noise and unequal cores.
 class WorkSplit {
  public:

@@ -315,6 +315,20 @@ TEST(MoeLayer, PackedExpertsRoundTrip) {
   EXPECT_EQ(a, b);
 }
 
+TEST(MoeLayer, RefusesToLoadAnExpertTwiceInOneCall) {
+  const MoeConfig config = config_of("bf16_n64k2_v1", 64, 32);
+  const Weights weights = random_weights(config, 1);
+  WorkerPool pool(plan_of({2}));
+  ExpertStore store(config, pool);
+  const ExpertStore::Source source{2, weights.gate[2].data(), weights.up[2].data(), weights.down[2].data(),
+                                   DType::kFloat32};
+  EXPECT_NE(message_of([&] { store.load({source, source}); }).find("expert 2 is given twice"), std::string::npos);
+  EXPECT_FALSE(store.loaded(2));
+  store.load({source});
+  store.load({source});
+  EXPECT_TRUE(store.loaded(2));
+}
+
 TEST(MoeLayer, CountsWhatItDoes) {
   const MoeConfig config = config_of("int8_n64k4_r512_v1", 64, 32);
   WorkerPool pool(plan_of({1}));
