@@ -96,25 +96,28 @@ py::dict layout_dict(const std::string& name, int64_t n, int64_t k) {
   return out;
 }
 
-// A layer under its handle: closed when the Python object goes.
+// A layer under its handle: closed when the Python object goes. The pointer is read and changed under the GIL only; who
+// works on the layer without the GIL holds a pointer of its own.
 class LayerHandle {
  public:
   LayerHandle(const std::shared_ptr<Engine>& engine, const MoeConfig& config)
       : layer_(std::make_shared<EngineLayer>(engine, config)), handle_(register_layer(layer_)) {}
-  ~LayerHandle() { close(); }
+  ~LayerHandle() { close_layer(handle_); }
   LayerHandle(const LayerHandle&) = delete;
   LayerHandle& operator=(const LayerHandle&) = delete;
 
   void close() {
     close_layer(handle_);
-    layer_.reset();
+    std::shared_ptr<EngineLayer> last = std::move(layer_);
+    const py::gil_scoped_release release;  // its engine may go with it, and waits for its jobs
+    last.reset();
   }
   int64_t handle() const { return handle_; }
-  EngineLayer& engine_layer() const {
+  const std::shared_ptr<EngineLayer>& engine_layer() const {
     KT_CHECK(layer_ != nullptr, "this layer is closed.");
-    return *layer_;
+    return layer_;
   }
-  MoeLayer& layer() const { return engine_layer().layer; }
+  MoeLayer& layer() const { return engine_layer()->layer; }
 
  private:
   std::shared_ptr<EngineLayer> layer_;
@@ -145,6 +148,18 @@ py::dict counters_dict(const LayerHandle& handle) {
   out["weight_bytes"] = counters.weight_bytes;
   out["busy_ns"] = counters.busy_ns;
   return out;
+}
+
+double probe_read_of(const LayerHandle& handle) {
+  const std::shared_ptr<EngineLayer> layer = handle.engine_layer();
+  const py::gil_scoped_release release;
+  return probe_read(*layer);
+}
+
+double probe_peak_of(const LayerHandle& handle, int milliseconds) {
+  const std::shared_ptr<EngineLayer> layer = handle.engine_layer();
+  const py::gil_scoped_release release;
+  return probe_peak(*layer, milliseconds);
 }
 
 py::dict pages_dict(const LayerHandle& handle) {
@@ -192,11 +207,9 @@ void bind_layer(py::module_& m) {
       .def_property_readonly("explain", [](const LayerHandle& layer) { return layer.layer().explain(); })
       .def("counters", &counters_dict)
       .def("pages", &pages_dict)
-      .def("probe_read", [](const LayerHandle& layer) { return probe_read(layer.engine_layer()); },
-           py::call_guard<py::gil_scoped_release>())
-      .def("probe_peak", [](const LayerHandle& layer, int ms) { return probe_peak(layer.engine_layer(), ms); },
-           py::arg("milliseconds") = 20, py::call_guard<py::gil_scoped_release>())
-      .def("close", &LayerHandle::close, py::call_guard<py::gil_scoped_release>());
+      .def("probe_read", &probe_read_of)
+      .def("probe_peak", &probe_peak_of, py::arg("milliseconds") = 20)
+      .def("close", &LayerHandle::close);
 }
 
 }  // namespace

@@ -137,10 +137,18 @@ at::Tensor sync(const at::Tensor& ticket, const at::Tensor& hidden_states) {
   return entry.output;
 }
 
+// Layers count experts in int: an id that does not fit must not become another one.
+int expert_id(int64_t expert) {
+  KT_CHECK(expert >= 0 && expert <= INT32_MAX, "expert " << expert << " is no expert id; ids are 0 to num_experts - 1.");
+  return static_cast<int>(expert);
+}
+
 std::vector<int> expert_list(at::IntArrayRef experts, at::TensorList first, at::TensorList second) {
   KT_CHECK(experts.size() == first.size() && experts.size() == second.size(),
            "got " << experts.size() << " experts, but " << first.size() << " and " << second.size() << " tensors.");
-  return {experts.begin(), experts.end()};
+  std::vector<int> ids;
+  for (const int64_t expert : experts) ids.push_back(expert_id(expert));
+  return ids;
 }
 
 void load_experts(int64_t layer, at::IntArrayRef experts, at::TensorList gate, at::TensorList up,
@@ -197,7 +205,7 @@ std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) 
   };
   at::Tensor w13 = empty(Projection::kW13);
   at::Tensor w2 = empty(Projection::kW2);
-  store.export_packed(static_cast<int>(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
+  store.export_packed(expert_id(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
   return {w13, w2};
 }
 

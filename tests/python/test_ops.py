@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
+
 import pytest
 import torch
 from checkpoints import random_experts
@@ -150,6 +153,10 @@ def test_a_ticket_is_good_for_one_sync(layer: CpuExperts) -> None:
         (lambda: OPS.quantize_pack(torch.full((4, 32), float("inf")), LAYOUTS[0]), "(?i)inf|finite"),
         (lambda: OPS.quantize_pack_w13(torch.zeros(4, 32), torch.zeros(5, 32), LAYOUTS[0]), "up"),
         (lambda: OPS.dequantize(torch.zeros(3, dtype=torch.uint8), LAYOUTS[0], 4, 32), "needs .* bytes"),
+        # products of these are 0 in 64 bits
+        (lambda: OPS.dequantize(torch.zeros(0, dtype=torch.uint8), LAYOUTS[0], 2**58, 1024), "n must be from 1"),
+        (lambda: OPS.dequantize_w13(torch.zeros(0, dtype=torch.uint8), LAYOUTS[0], 2**58, 1024), "n must be from 1"),
+        (lambda: OPS.dequantize(torch.zeros(0, dtype=torch.uint8), LAYOUTS[0], 64, 2**40), "k must be from 1"),
     ],
 )
 def test_bad_arguments_of_packing_are_named(call, words: str) -> None:
@@ -165,6 +172,11 @@ def test_bad_loads_are_named(layer: CpuExperts, weights) -> None:
         layer.load_experts([0], gate[:2], up[:2], down[:2])
     with pytest.raises(RuntimeError, match="expert.*99|99.*expert"):
         layer.load_experts([99], gate[:1], up[:1], down[:1])
+    for expert in (2**32, -(2**32)):  # 0 in 32 bits
+        with pytest.raises(RuntimeError, match=f"{expert} is no expert id"):
+            layer.load_experts([expert], gate[:1], up[:1], down[:1])
+        with pytest.raises(RuntimeError, match=f"{expert} is no expert id"):
+            layer.export_packed(expert)
     with pytest.raises(RuntimeError, match="w13"):
         layer.load_packed([0], [torch.zeros(3, dtype=torch.uint8)], [torch.zeros(3, dtype=torch.uint8)])
 
@@ -180,6 +192,30 @@ def test_export_is_the_inverse_of_load(layer: CpuExperts) -> None:
     other.close()
     with pytest.raises(RuntimeError, match=str(handle)):
         OPS.moe_forward(*batch(), None, handle)
+
+
+def test_closing_a_layer_while_other_threads_measure_it() -> None:
+    for _ in range(20):
+        engine = _ext.Engine(num_threads=2)
+        native = _ext.Layer(engine, 0, E, K, 256, 256, LAYOUTS[0], list(range(E)))
+        go = threading.Barrier(3)
+
+        def measure(native=native, go=go) -> str:
+            go.wait()
+            try:
+                while native.probe_read() > 0:
+                    pass
+            except RuntimeError as error:
+                return str(error)
+            return "the probe read nothing"
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            results = [threads.submit(measure) for _ in range(2)]
+            del engine
+            go.wait()
+            native.close()
+            native.close()
+        assert {result.result() for result in results} == {"this layer is closed."}
 
 
 def test_layout_sizes_are_those_of_packed_tensors() -> None:
