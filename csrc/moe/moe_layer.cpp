@@ -11,9 +11,10 @@
 namespace kt {
 namespace {
 
-// Tokens of one pass. Bounds the scratch (rows x intermediate_size x 4 bytes: 268 MB for DeepSeek-V3) while every expert
-// still sees the 100-200 rows from which weights are read once for free.
+// Tokens and rows (tokens x top_k) of one pass. They bound the scratch (rows x intermediate_size x 4 bytes: 268 MB for
+// DeepSeek-V3) while every expert still sees the 100-200 rows from which weights are read once for free.
 constexpr int kMaxPassTokens = 4096;
+constexpr int kMaxPassRows = 32768;
 
 int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }
 
@@ -51,9 +52,10 @@ void MoeLayer::forward(const MoeInput& input) {
   const int hidden_size = config().hidden_size;
   uint64_t weight_bytes = 0;
   uint64_t rows = 0;
-  for (int first = 0; first < input.num_tokens; first += kMaxPassTokens) {
+  const int pass_tokens = std::clamp(kMaxPassRows / std::max(input.top_k, 1), 1, kMaxPassTokens);
+  for (int first = 0; first < input.num_tokens; first += pass_tokens) {
     MoeInput pass = input;
-    pass.num_tokens = std::min(kMaxPassTokens, input.num_tokens - first);
+    pass.num_tokens = std::min(pass_tokens, input.num_tokens - first);
     const int64_t skipped_ids = int64_t{first} * input.top_k;
     const int64_t skipped_bytes = int64_t{first} * hidden_size * bytes_of(input.dtype);
     pass.hidden_states = static_cast<const uint8_t*>(input.hidden_states) + skipped_bytes;

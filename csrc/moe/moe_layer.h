@@ -42,7 +42,8 @@ struct MoeCounters {
 //          composition too.
 // Errors   kt::Error naming the layer: ids out of range, an expert that was not loaded.
 // Threads  forward() by one thread at a time (the CPU stream's); counters() from any.
-// Memory   scratch is shared by all layers of a pool and grows to the largest batch seen.
+// Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch is cut into passes of at
+//          most 4096 tokens and 32768 rows.
 class MoeScratch;
 class MoeLayer {
  public:

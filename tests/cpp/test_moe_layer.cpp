@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/cpu_features.h"
+#include "moe/moe_scratch.h"
 
 namespace kt {
 namespace {
@@ -221,6 +222,24 @@ TEST(MoeLayer, MoreTokensThanOnePass) {
   const Batch batch = random_batch(config, 5000, 4);
   const std::vector<float> output = run(config, weights, batch, cpu_features().chosen, {2});
   EXPECT_LT(relative_error(output, exact_moe(config, weights, batch)), 0.02);
+}
+
+TEST(MoeLayer, ScratchIsBoundedByRowsAndNotByTokens) {
+  const MoeConfig config = config_of("int8_n64k4_r512_v1", 64, 64, 32, 32);
+  WorkerPool pool(plan_of({2}));
+  const std::shared_ptr<MoeScratch> scratch = make_moe_scratch();
+  MoeLayer layer(config, pool, scratch, cpu_features().chosen);
+  load(layer, random_weights(config, 2));
+  const auto bytes_after = [&](int num_tokens) {
+    Batch batch = random_batch(config, num_tokens, 3);
+    for (int64_t& id : batch.ids) id = std::max<int64_t>(id, 0);
+    std::vector<float> output(batch.hidden.size());
+    layer.forward(batch.input(output));
+    return scratch->bytes();
+  };
+  // 32768 rows are the most of one pass, here of 1024 tokens
+  const uint64_t full = bytes_after(1024);
+  EXPECT_LT(bytes_after(512 + 1024), full + full / 100);
 }
 
 TEST(MoeLayer, TokensWithoutExpertsAreZero) {
