@@ -1,0 +1,28 @@
+"""The proxy variables after our plug-in: local addresses bypass it, and nothing the user set is lost."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from kt_kernel.integrations.sglang import bypass_proxy_for_own_traffic
+
+
+@pytest.mark.parametrize(
+    "lower, upper",
+    [(None, None), ("mirror.corp", None), (None, "mirror.corp"), ("mirror.corp", "other.corp"), ("*", None), (None, "*")],
+)
+def test_local_addresses_bypass_and_the_users_hosts_still_do(monkeypatch, lower, upper):
+    wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0"}
+    for key, value in (("no_proxy", lower), ("NO_PROXY", upper)):
+        monkeypatch.setenv(key, "")  # registers both with monkeypatch, which takes our changes back
+        monkeypatch.delenv(key)
+        if value is not None:
+            monkeypatch.setenv(key, value)
+            wanted.add("anything.example" if value == "*" else value)
+    bypass_proxy_for_own_traffic()
+    bypass_proxy_for_own_traffic()  # every process of a server runs it, on what its parent left
+    assert all(urllib.request.proxy_bypass_environment(host) for host in wanted)
+    if "*" not in (lower, upper):
+        assert not urllib.request.proxy_bypass_environment("anything.example")
