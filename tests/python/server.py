@@ -115,9 +115,12 @@ class Server:
         return answer["choices"][0]["message"]["content"]
 
 
-def command(model: Path, port: int, flags: Sequence[str]) -> list[str]:
+LAUNCHER = ("-m", "kt_kernel.launch_server")
+
+
+def command(model: Path, port: int, flags: Sequence[str], module: Sequence[str] = LAUNCHER) -> list[str]:
     """Return the command line of a test server."""
-    base = [sys.executable, "-m", "kt_kernel.launch_server", "--model-path", str(model)]
+    base = [sys.executable, *module, "--model-path", str(model)]
     return [*base, "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
@@ -130,6 +133,7 @@ def serve(
     environment: dict[str, str] | None = None,
     timeout: float = START_SECONDS,
     max_total_tokens: int | None = 4096,
+    module: Sequence[str] = LAUNCHER,
 ) -> Iterator[Server]:
     """Run a server for the duration of the block; `max_total_tokens` None leaves the KV pool to the platform.
 
@@ -143,7 +147,7 @@ def serve(
         flags = ["--max-total-tokens", str(max_total_tokens), *flags]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            command(model, port, flags),
+            command(model, port, flags, module),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment or server_environment(),

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kt_kernel.checkpoint import model_sizes, read_config
+from kt_kernel.config import MoEConfig
 from kt_kernel.experts import packed_bytes
 from kt_kernel.integrations.sglang import memory
 from kt_kernel.loader import PackedSource, open_source
@@ -142,14 +145,25 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
         source = open_source(weight_path, method)
     except ValueError as error:
         raise ValueError(f"--kt-weight-path: {error}") from None
-    sizes: list[int]
     if isinstance(source, PackedSource):
         model = source.packed.model
-        sizes = [model[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
-        return ExpertSource(source.folder, source.layout, len(source.packed.layers), *sizes)
-    checkpoint = source.checkpoint
-    sizes = [checkpoint.sizes.num_experts, checkpoint.sizes.hidden_size, checkpoint.sizes.intermediate_size]
-    return ExpertSource(source.folder, source.layout, len(checkpoint.layers), *sizes)
+        num_layers = len(source.packed.layers)
+        num_experts, hidden_size, intermediate_size = (
+            model[name] for name in ("num_experts", "hidden_size", "intermediate_size")
+        )
+    else:
+        sizes = source.checkpoint.sizes
+        num_layers = len(source.checkpoint.layers)
+        num_experts, hidden_size, intermediate_size = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
+    # refuses widths that the kernels cannot compute, before SGLang reads a weight
+    MoEConfig(
+        layer_idx=0,
+        num_experts=num_experts,
+        top_k=1,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+    )
+    return ExpertSource(source.folder, source.layout, num_layers, num_experts, hidden_size, intermediate_size)
 
 
 def _check_same_model(model_path: str, source: ExpertSource) -> None:
@@ -186,6 +200,9 @@ def adjust(args: Any, source: ExpertSource) -> None:
     if args.watchdog_timeout == SGLANG_WATCHDOG_SECONDS:
         args.watchdog_timeout = WATCHDOG_SECONDS
         logger.info("kt_kernel: --watchdog-timeout raised from %d to %d s", SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS)
+    if not torch.cuda.is_available() and not args.sleep_on_idle:
+        # SGLang's scheduler polls: on a CPU host an idle server would keep one of the cores the experts need
+        args.sleep_on_idle = True
     if not args.disable_shared_experts_fusion:
         args.disable_shared_experts_fusion = True
         if _has_shared_experts(source.folder):
@@ -225,8 +242,6 @@ def check_resolved(server_args: Any, source: ExpertSource) -> None:
 
 def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     """Return the host memory the launch needs at least."""
-    import torch
-
     num_gpu_experts = server_args.kt_num_gpu_experts or 0
     experts = source.bytes_of(source.num_experts - num_gpu_experts)
     model_config = server_args.get_model_config()
