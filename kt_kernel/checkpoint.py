@@ -84,28 +84,34 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def model_sizes(folder: Path) -> ModelSizes:
-    """Sizes of the routed experts from config.json, a nested text config included.
+def _text_config(config: dict) -> dict:
+    """The part of a config that describes the language model: a nested one, or all of it."""
+    return next((config[key] for key in _NESTED_CONFIGS if isinstance(config.get(key), dict)), config)
 
-    Raises
-    ------
-    ValueError
-        A quantized checkpoint, or a size that is missing (the message lists the keys looked for).
-    """
+
+def _refuse_quantized(folder: Path) -> None:
     config = read_config(folder)
-    quantization = config.get("quantization_config")
-    text = config
-    for key in _NESTED_CONFIGS:
-        if isinstance(config.get(key), dict):
-            text = config[key]
-            quantization = quantization or text.get("quantization_config")
-            break
+    quantization = config.get("quantization_config") or _text_config(config).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise ValueError(
             f"{folder} is a quantized checkpoint ({method}); kt_kernel reads bf16, fp16 and fp32 checkpoints so far, "
             f"so give the unquantized model."
         )
+
+
+def model_sizes(folder: Path) -> ModelSizes:
+    """Sizes of the routed experts from config.json, a nested text config included.
+
+    Any checkpoint has them, a quantized one that only the GPU reads as well.
+
+    Raises
+    ------
+    ValueError
+        A size that is missing (the message lists the keys looked for).
+    """
+    config = read_config(folder)
+    text = _text_config(config)
 
     def size(*keys: str) -> int:
         for key in keys:
@@ -141,6 +147,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        _refuse_quantized(self.folder)
         self.sizes = model_sizes(self.folder)
         self._files = OpenFiles(self.folder)
         self._single: dict[int, dict[tuple[int, str], _Place]] = {}

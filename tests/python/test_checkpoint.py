@@ -13,7 +13,7 @@ from checkpoints import BASES, STYLES, config_of, layer_tensors, random_experts,
 from safetensors.torch import save_file
 
 from kt_kernel import files
-from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
+from kt_kernel.checkpoint import Checkpoint, describe_layers, model_sizes, resolve_folder
 from kt_kernel.loader import open_source
 from kt_kernel.methods import get_method
 
@@ -190,6 +190,18 @@ def test_a_wrong_checkpoint_is_refused_in_a_sentence(tmp_path: Path, change, wor
         for layer in checkpoint.layers:
             checkpoint.check_layer(layer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [None, "text_config"])
+def test_sizes_of_a_quantized_model_are_read_and_its_weights_are_not(tmp_path: Path, nested: str | None) -> None:
+    """A served FP8 model has the sizes of the converted experts beside it."""
+    experts = random_experts(E, H, INNER)
+    config = config_of(experts, 1, quantization_config={"quant_method": "fp8"})
+    folder = write_checkpoint(tmp_path, {0: experts}, config={nested: config} if nested else config)
+    sizes = model_sizes(folder)
+    assert (sizes.num_experts, sizes.hidden_size, sizes.intermediate_size) == (E, H, INNER)
+    with pytest.raises(ValueError, match=r"quantized checkpoint \(fp8\)"):
+        Checkpoint(folder)
 
 
 def test_a_layer_without_experts_is_named(tmp_path: Path) -> None:
