@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A test double of the server: the same flags and the same SGLang, but CPU experts that answer zeros at once.
 
-Used by measure_server_overhead.py to find what everything but the experts costs; its answers are nonsense. The top level
-runs again in each process that SGLang spawns, so the scheduler gets the same double.
+Used by measure_server_overhead.py to find what everything but the experts costs; its answers are nonsense. The top
+level runs again in each process that SGLang spawns, so the scheduler gets the same double.
 """
 
 import sys

@@ -11,7 +11,14 @@ from kt_kernel.integrations.sglang import bypass_proxy_for_own_traffic
 
 @pytest.mark.parametrize(
     "lower, upper",
-    [(None, None), ("mirror.corp", None), (None, "mirror.corp"), ("mirror.corp", "other.corp"), ("*", None), (None, "*")],
+    [
+        (None, None),
+        ("mirror.corp", None),
+        (None, "mirror.corp"),
+        ("mirror.corp", "other.corp"),
+        ("*", None),
+        (None, "*"),
+    ],
 )
 def test_local_addresses_bypass_and_the_users_hosts_still_do(monkeypatch, lower, upper):
     wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0"}

@@ -45,7 +45,10 @@ REFUSALS = {
     "no_threads": (["--kt-weight-path", "WEIGHTS", "--kt-cpuinfer", "0"], ["--kt-cpuinfer is 0"]),
     "other_model": (["--kt-weight-path", "OTHER"], ["num_experts 8", "40"]),
     "expert_parallel": (["--kt-weight-path", "WEIGHTS", "--ep-size", "2", "--tp-size", "2"], ["--ep-size is 2"]),
-    "too_little_memory": (["--kt-weight-path", "HUGE", "--model-path", "HUGE"], ["GB of host memory", "usable", "experts"]),
+    "too_little_memory": (
+        ["--kt-weight-path", "HUGE", "--model-path", "HUGE"],
+        ["GB of host memory", "usable", "experts"],
+    ),
 }
 
 # Runs every launch line up to the point where SGLang would start its processes.
@@ -69,7 +72,7 @@ print("FOUND" + json.dumps(found))
 
 
 def write_huge_model(folder: Path) -> None:
-    """Write config and headers of a model whose experts need twice this machine's memory in 4 bits; files are sparse."""
+    """Write config and headers of a model whose experts need twice this machine's memory in 4 bits, in sparse files."""
     hidden, intermediate, experts = 8192, 4096, 16
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     layers = 2 * total // (experts * 3 * hidden * intermediate // 2) + 1
@@ -197,7 +200,8 @@ def test_behind_a_proxy_and_bit_for_bit_in_any_batch(oracle: Oracle, proxy: str)
     which a router with fewer experts has.
     """
     folder = oracle.folder / "BF16"
-    environment = server.server_environment(http_proxy=proxy, HTTP_PROXY=proxy, https_proxy=proxy, no_proxy="example.org")
+    proxies = {"http_proxy": proxy, "HTTP_PROXY": proxy, "https_proxy": proxy, "no_proxy": "example.org"}
+    environment = server.server_environment(**proxies)
     flags = ["--kt-weight-path", str(folder), "--kt-method", "AMXINT8", *WITHOUT_CACHE]
     log_path = oracle.folder / "proxy.log"
     with server.serve(folder, flags, log_path=log_path, environment=environment, timeout=120) as running:
