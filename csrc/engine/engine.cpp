@@ -12,12 +12,14 @@ namespace {
 struct LayerTable {
   std::mutex mutex;
   std::unordered_map<int64_t, std::shared_ptr<EngineLayer>> layers;
-  int64_t next = 1;
+  std::unordered_map<int64_t, PendingForward> pending;
+  int64_t next_handle = 1;
+  int64_t next_ticket = 1;
 };
 
 LayerTable& layer_table() {
-  static LayerTable table;
-  return table;
+  static LayerTable* table = new LayerTable;  // never destroyed: a thread may still sync while the process exits
+  return *table;
 }
 
 }  // namespace
@@ -48,8 +50,8 @@ EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& 
 int64_t register_layer(std::shared_ptr<EngineLayer> layer) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);
-  table.layers.emplace(table.next, std::move(layer));
-  return table.next++;
+  table.layers.emplace(table.next_handle, std::move(layer));
+  return table.next_handle++;
 }
 
 std::shared_ptr<EngineLayer> find_layer(int64_t handle) {
@@ -62,13 +64,49 @@ std::shared_ptr<EngineLayer> find_layer(int64_t handle) {
 }
 
 void close_layer(int64_t handle) {
-  std::shared_ptr<EngineLayer> last;  // destroyed after the lock is free
+  std::shared_ptr<EngineLayer> layer;   // both are destroyed after the lock is free
+  std::vector<PendingForward> dropped;
+  LayerTable& table = layer_table();
+  {
+    const std::lock_guard<std::mutex> lock(table.mutex);
+    const auto found = table.layers.find(handle);
+    if (found == table.layers.end()) return;
+    layer = std::move(found->second);
+    table.layers.erase(found);
+    for (auto entry = table.pending.begin(); entry != table.pending.end();) {
+      if (entry->second.layer == layer) {
+        dropped.push_back(std::move(entry->second));
+        entry = table.pending.erase(entry);
+      } else {
+        ++entry;
+      }
+    }
+  }
+  for (const PendingForward& pending : dropped) {
+    try {
+      layer->engine->stream().wait(pending.stream_ticket);
+    } catch (const std::exception&) {
+      // the caller closed the layer instead of asking for the result: its error has no one to go to
+    }
+  }
+}
+
+int64_t add_pending(PendingForward pending) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);
-  const auto found = table.layers.find(handle);
-  if (found == table.layers.end()) return;
-  last = std::move(found->second);
-  table.layers.erase(found);
+  table.pending.emplace(table.next_ticket, std::move(pending));
+  return table.next_ticket++;
+}
+
+PendingForward take_pending(int64_t ticket) {
+  LayerTable& table = layer_table();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto found = table.pending.find(ticket);
+  KT_CHECK(found != table.pending.end(),
+           "ticket " << ticket << " was already fetched by sync, never given out, or its layer was closed.");
+  PendingForward pending = std::move(found->second);
+  table.pending.erase(found);
+  return pending;
 }
 
 }  // namespace kt

@@ -1,7 +1,9 @@
 // What a host program holds: a pool with its stream, and layers by handle. No Torch here.
 #pragma once
 
+#include <any>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -55,6 +57,19 @@ struct EngineLayer {
 int64_t register_layer(std::shared_ptr<EngineLayer> layer);
 // Errors  kt::Error for a handle that was never given out or was closed.
 std::shared_ptr<EngineLayer> find_layer(int64_t handle);
+// Waits for the layer's queued forwards and drops what nobody fetched. A handle that is not open: nothing.
 void close_layer(int64_t handle);
+
+// A forward that was submitted to the stream and not yet fetched. `output` is the caller's.
+struct PendingForward {
+  std::shared_ptr<EngineLayer> layer;
+  uint64_t stream_ticket = 0;
+  std::any output;
+};
+
+// Keeps a forward until it is taken, or its layer closed; the tickets of all layers are distinct. Thread-safe.
+int64_t add_pending(PendingForward pending);
+// Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was closed.
+PendingForward take_pending(int64_t ticket);
 
 }  // namespace kt

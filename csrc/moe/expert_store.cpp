@@ -109,6 +109,8 @@ void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
                                       << " is given twice in one load; its panels would be written by two threads.");
     given[expert] = 1;
   }
+  // an expert whose load fails half-way must not count as loaded, even if it was before
+  for (const int expert : experts) loaded_[slot_[expert]] = 0;
   const auto body = [&](const Worker& worker) {
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
       const IndexRange panels = node_panels(projection, worker.node);

@@ -17,14 +17,17 @@ class GrowingBuffer {
   // At least `bytes` bytes, on `node_id` (-1: anywhere).
   uint8_t* reserve(int64_t bytes, int node_id = -1) {
     if (static_cast<int64_t>(arena_.size()) < bytes) {
+      // An eighth more than asked: batches that grow by a row each would map, and fault in, everything anew each time.
+      const int64_t grown = round_up(bytes + bytes / 8, kHugePage);
       arena_ = NumaArena();  // free first: two generations never stand side by side
-      arena_ = NumaArena(bytes, node_id);
+      arena_ = NumaArena(grown, node_id);
     }
     return arena_.data();
   }
   uint64_t bytes() const { return arena_.size(); }
 
  private:
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
   NumaArena arena_;
 };
 

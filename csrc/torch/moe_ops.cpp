@@ -1,8 +1,7 @@
 // torch.ops.kt_kernel, the operators on layers: forward, submit and sync, load and export.
 #include <torch/library.h>
 
-#include <mutex>
-#include <unordered_map>
+#include <any>
 
 #include "engine/engine.h"
 #include "torch/tensor_checks.h"
@@ -75,23 +74,6 @@ ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& 
   return tensors;
 }
 
-// Forwards that were submitted and not yet fetched, by ticket.
-struct PendingForwards {
-  struct Entry {
-    std::shared_ptr<EngineLayer> layer;
-    uint64_t stream_ticket;
-    at::Tensor output;
-  };
-  std::mutex mutex;
-  std::unordered_map<int64_t, Entry> entries;
-  int64_t next = 1;
-};
-
-PendingForwards& pending_forwards() {
-  static PendingForwards* pending = new PendingForwards;  // outlives every thread that may still sync at exit
-  return *pending;
-}
-
 at::Tensor moe_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
                        const std::optional<at::Tensor>& skip, int64_t layer) {
   const std::shared_ptr<EngineLayer> target = find_layer(layer);
@@ -106,35 +88,23 @@ at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids, c
   std::shared_ptr<EngineLayer> target = find_layer(layer);
   ForwardTensors tensors =
       check_forward(hidden_states, topk_ids, topk_weights, skip, target->layer.config(), /*own=*/true);
-  PendingForwards::Entry entry{target, 0, tensors.output};
-  MoeLayer* const moe_layer = &target->layer;  // the entry keeps it alive until sync
-  entry.stream_ticket = target->engine->stream().submit(
+  const at::Tensor output = tensors.output;
+  MoeLayer* const moe_layer = &target->layer;  // the pending entry keeps it alive, and close_layer waits for the job
+  const uint64_t stream_ticket = target->engine->stream().submit(
       [moe_layer, tensors = std::move(tensors)] { moe_layer->forward(tensors.input()); });
-
-  PendingForwards& pending = pending_forwards();
-  const std::lock_guard<std::mutex> lock(pending.mutex);
-  const int64_t ticket = pending.next++;
-  pending.entries.emplace(ticket, std::move(entry));
+  const int64_t ticket = add_pending({std::move(target), stream_ticket, output});
   return at::scalar_tensor(ticket, at::kLong).reshape({1});
 }
 
 at::Tensor sync(const at::Tensor& ticket, const at::Tensor& hidden_states) {
   KT_CHECK(ticket.numel() == 1 && ticket.scalar_type() == at::kLong, "ticket must be the tensor that submit returned.");
-  const int64_t number = ticket.item<int64_t>();
-  PendingForwards& pending = pending_forwards();
-  PendingForwards::Entry entry;
-  {
-    const std::lock_guard<std::mutex> lock(pending.mutex);
-    const auto found = pending.entries.find(number);
-    KT_CHECK(found != pending.entries.end(), "ticket " << number << " was already fetched by sync, or never given out.");
-    entry = std::move(found->second);
-    pending.entries.erase(found);
-  }
-  entry.layer->engine->stream().wait(entry.stream_ticket);
-  KT_CHECK(entry.output.sizes() == hidden_states.sizes(),
-           "sync was given hidden_states of shape " << hidden_states.sizes() << ", but submit had "
-                                                    << entry.output.sizes() << ".");
-  return entry.output;
+  const PendingForward pending = take_pending(ticket.item<int64_t>());
+  pending.layer->engine->stream().wait(pending.stream_ticket);
+  const at::Tensor output = std::any_cast<at::Tensor>(pending.output);
+  KT_CHECK(output.sizes() == hidden_states.sizes(),
+           "sync was given hidden_states of shape " << hidden_states.sizes() << ", but submit had " << output.sizes()
+                                                    << ".");
+  return output;
 }
 
 // Layers count experts in int: an id that does not fit must not become another one.
@@ -205,7 +175,10 @@ std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) 
   };
   at::Tensor w13 = empty(Projection::kW13);
   at::Tensor w2 = empty(Projection::kW2);
-  store.export_packed(expert_id(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
+  // in the order of the stream: a load before it is whole
+  target->engine->run([&] {
+    store.export_packed(expert_id(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
+  });
   return {w13, w2};
 }
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <sched.h>
 
+#include <chrono>
 #include <thread>
 
 #include "base/check.h"
@@ -85,6 +86,37 @@ TEST(Layers, KeepTheirEngineAlive) {
   engine.reset();
   EXPECT_FALSE(watch.expired());
   close_layer(handle);
+  EXPECT_TRUE(watch.expired());
+}
+
+TEST(Pending, AreTakenOnce) {
+  const auto engine = std::make_shared<Engine>(1, 1, std::vector<int>{});
+  const auto layer = std::make_shared<EngineLayer>(engine, small_config());
+  const int64_t first = add_pending({layer, engine->stream().submit([] {}), 1});
+  const int64_t second = add_pending({layer, engine->stream().submit([] {}), 2});
+  EXPECT_NE(first, second);
+  EXPECT_EQ(std::any_cast<int>(take_pending(second).output), 2);
+  EXPECT_EQ(std::any_cast<int>(take_pending(first).output), 1);
+  EXPECT_THROW(take_pending(first), Error);
+}
+
+TEST(Pending, ClosingALayerWaitsForItsForwardsAndDropsThem) {
+  auto engine = std::make_shared<Engine>(1, 1, std::vector<int>{});
+  const std::weak_ptr<Engine> watch = engine;
+  auto layer = std::make_shared<EngineLayer>(engine, small_config());
+  const int64_t handle = register_layer(layer);
+  bool ran = false;
+  const int64_t ticket = add_pending({layer, engine->stream().submit([&] {
+                                        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+                                        ran = true;
+                                        KT_CHECK(false, "planned");
+                                      }),
+                                      0});
+  layer.reset();
+  engine.reset();
+  close_layer(handle);
+  EXPECT_TRUE(ran);
+  EXPECT_THROW(take_pending(ticket), Error);
   EXPECT_TRUE(watch.expired());
 }
 

@@ -348,6 +348,18 @@ TEST(MoeLayer, RefusesToLoadAnExpertTwiceInOneCall) {
   EXPECT_TRUE(store.loaded(2));
 }
 
+TEST(MoeLayer, AFailedReloadIsNotLoaded) {
+  const MoeConfig config = config_of("int8_n64k4_r512_v1", 64, 32);
+  WorkerPool pool(plan_of({2}));
+  MoeLayer layer(config, pool, make_moe_scratch(), cpu_features().chosen);
+  Weights weights = random_weights(config, 1);
+  load(layer, weights);
+  EXPECT_TRUE(layer.store().all_loaded());
+  weights.down[2][5] = std::nanf("");
+  EXPECT_NE(message_of([&] { load(layer, weights); }).find("layer 7, expert 2, w2 panel 0"), std::string::npos);
+  EXPECT_FALSE(layer.store().loaded(2));
+}
+
 TEST(MoeLayer, CountsWhatItDoes) {
   const MoeConfig config = config_of("int8_n64k4_r512_v1", 64, 32);
   WorkerPool pool(plan_of({1}));
