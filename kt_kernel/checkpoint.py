@@ -47,14 +47,14 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What config.json says of the routed experts."""
+    """What config.json says of the routed experts; ``num_hidden_layers`` is None where it does not say."""
 
     model_type: str
     num_experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
+    num_hidden_layers: int | None
 
 
 class _Place(NamedTuple):
@@ -113,11 +113,17 @@ def model_sizes(folder: Path) -> ModelSizes:
     config = read_config(folder)
     text = _text_config(config)
 
-    def size(*keys: str) -> int:
+    def find(*keys: str) -> int | None:
         for key in keys:
             value = text.get(key, config.get(key))
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
+        return None
+
+    def size(*keys: str) -> int:
+        value = find(*keys)
+        if value is not None:
+            return value
         raise ValueError(
             f"{folder / 'config.json'} has no {' or '.join(keys)}; kt_kernel needs the config of a "
             f"mixture-of-experts model."
@@ -129,15 +135,16 @@ def model_sizes(folder: Path) -> ModelSizes:
         top_k=size("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
         hidden_size=size("hidden_size"),
         intermediate_size=size("moe_intermediate_size", "intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"),
+        num_hidden_layers=find("num_hidden_layers"),
     )
 
 
 class Checkpoint:
     """A folder of safetensors files, indexed by layer, expert and projection.
 
-    Reading is thread-safe. Weights are views of mapped files; :meth:`close` after a layer lets the files go, so that
-    no more than a layer is mapped at a time.
+    Layers from ``num_hidden_layers`` on are left out: they draft tokens (multi-token prediction), and the model that
+    is served does not have them. Reading is thread-safe. Weights are views of mapped files; :meth:`close` after a
+    layer lets the files go, so that no more than a layer is mapped at a time.
 
     Raises
     ------
@@ -189,12 +196,16 @@ class Checkpoint:
         for name, file in names.items():
             match = _SINGLE.match(name)
             if match:
+                if self._is_beyond(match):
+                    continue
                 projection = match["long"] or _PROJECTION[match["short"]]
                 expert = int(match["expert_a"] or match["expert_b"])
                 self._single.setdefault(int(match["layer"]), {})[expert, projection] = _Place(file, name)
                 continue
             match = _FUSED.match(name)
             if match:
+                if self._is_beyond(match):
+                    continue
                 self._fused.setdefault(int(match["layer"]), {})[match["projection"]] = _Place(file, name)
             elif _FUSED_BIAS.match(name):
                 raise ValueError(
@@ -202,8 +213,18 @@ class Checkpoint:
                     f"kt_kernel supports experts without bias so far."
                 )
 
+    def _is_beyond(self, match: re.Match[str]) -> bool:
+        """Whether a tensor belongs to a layer that the served model does not have."""
+        num_layers = self.sizes.num_hidden_layers
+        return num_layers is not None and int(match["layer"]) >= num_layers
+
     def _refuse_without_experts(self, names: dict[str, str]) -> None:
         for name in names:
+            if _SINGLE.match(name) or _FUSED.match(name):
+                raise ValueError(
+                    f"{self.folder} has experts only beyond the {self.sizes.num_hidden_layers} layers that config.json "
+                    f"promises (first: {name}); copy config.json again."
+                )
             if _QUANTIZED.search(name):
                 raise ValueError(
                     f"{self.folder} holds quantized experts (tensor {name}); kt_kernel reads bf16, fp16 and fp32 "

@@ -53,6 +53,24 @@ def test_a_square_fused_tensor_follows_its_sibling(tmp_path: Path, style: str, h
     assert_holds(checkpoint, 0, experts)
 
 
+@pytest.mark.parametrize("style", ["long", "fused"])
+def test_layers_beyond_the_model_are_left_out(tmp_path: Path, style: str) -> None:
+    """Layers that draft tokens come after the last hidden one, may be incomplete, and are not served."""
+    layers = {layer: random_experts(E, H, INNER, seed=layer) for layer in (1, 2)}
+    folder = write_checkpoint(tmp_path, layers, style=style, config=config_of(layers[1], 2))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.layers == [1]
+    assert_holds(checkpoint, 1, layers[1])
+    with pytest.raises(ValueError, match="no experts in layer 2; layers with experts are 1"):
+        checkpoint.check_layer(2)
+    (folder / "config.json").write_text(json.dumps(config_of(layers[1], None)))
+    assert model_sizes(folder).num_hidden_layers is None
+    assert Checkpoint(folder).layers == [1, 2]
+    (folder / "config.json").write_text(json.dumps(config_of(layers[1], 1)))
+    with pytest.raises(ValueError, match="experts only beyond the 1 layers that config.json promises"):
+        Checkpoint(folder)
+
+
 def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
     layers = {layer: random_experts(E, H, INNER, seed=layer) for layer in range(2)}
     checkpoint = Checkpoint(write_checkpoint(tmp_path, layers, num_shards=3))

@@ -92,6 +92,18 @@ def test_other_float_types(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read_manifest(tmp_path / "o")["input_type"] == name
 
 
+def test_layers_beyond_the_model_are_not_converted(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert run(source, tmp_path / "o") == 0
+    assert read_manifest(tmp_path / "o")["moe_layers"] == [1, 2]
+    assert "is complete: 2 layers" in caplog.text
+    assert not list((tmp_path / "o").glob("kt-layer-00004-*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
