@@ -24,6 +24,7 @@ from kt_kernel.files import OpenFiles, open_safetensors
 MANIFEST = "manifest.json"
 FORMAT = "kt-packed-experts"
 FORMAT_VERSION = 2
+_SHARD_PREFIX = "kt-layer-"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PackedDescription:
 
 def shard_file_name(layer: int, shard: int) -> str:
     """Name of one file of a layer, e.g. ``kt-layer-00012-00000.safetensors``."""
-    return f"kt-layer-{layer:05d}-{shard:05d}.safetensors"
+    return f"{_SHARD_PREFIX}{layer:05d}-{shard:05d}.safetensors"
 
 
 def shard_metadata(layout: str) -> dict[str, str]:
@@ -90,19 +91,31 @@ def _body_crc32(body: dict) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
+def _manifest_bytes(folder: Path) -> bytes | None:
+    """Contents of a folder's manifest.json, None where there is no such file."""
+    path = folder / MANIFEST
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk.") from error
+
+
 def read_manifest(folder: Path) -> dict:
     """Read and check the manifest of a folder, which may be unfinished.
 
     Raises
     ------
     ValueError
-        Missing, damaged, or of another format version.
+        Missing, unreadable, damaged, or of another format version.
     """
     path = folder / MANIFEST
+    data = _manifest_bytes(folder)
+    if data is None:
+        raise ValueError(f"{folder} has no {MANIFEST}; it is no folder of converted experts.")
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}; it is no folder of converted experts.") from None
+        manifest = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); convert again into an empty folder.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -120,12 +133,25 @@ def read_manifest(folder: Path) -> dict:
 
 
 def is_packed_folder(folder: Path) -> bool:
-    """Whether a folder holds a manifest of ours (finished or not)."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    """Whether a folder holds a manifest of ours: finished or not, whole or damaged.
+
+    A damaged one is told by the files beside it, so that :func:`read_manifest` can say what is wrong.
+
+    Raises
+    ------
+    ValueError
+        A manifest.json that cannot be read.
+    """
+    data = _manifest_bytes(folder)
+    if data is None:
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    try:
+        manifest = json.loads(data)
+    except ValueError:
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+        return True
+    return FORMAT.encode() in data or any(folder.glob(f"{_SHARD_PREFIX}*.safetensors"))
 
 
 class PackedFolder:

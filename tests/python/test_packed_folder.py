@@ -117,6 +117,37 @@ def test_any_flipped_bit_is_found_and_a_tensors_is_named(folder: Path) -> None:
     assert verify(folder) == []
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": "kt-packed-expertz"}'])
+def test_a_damaged_manifest_is_not_taken_for_a_checkpoint(folder: Path, data: bytes) -> None:
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"manifest.json is (damaged|no manifest of kt_kernel)"):
+        open_source(folder, get_method("AMXINT4"))
+    for path in folder.glob("kt-layer-*"):
+        path.unlink()
+    (folder / "manifest.json").write_bytes(b'{"format": "kt-packed-experts", ')
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        open_source(folder, get_method("AMXINT4"))
+
+
+def test_a_manifest_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "manifest.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ValueError, match="manifest.json cannot be read .Permission denied."):
+        open_source(folder, get_method("AMXINT4"))
+
+
+def test_a_checkpoint_with_a_manifest_of_its_own_is_read(folder: Path) -> None:
+    source = folder.parent / "source"
+    (source / "manifest.json").write_text('{"files": []}')
+    assert open_source(source, get_method("AMXINT4")).folder == source
+
+
 def test_verify_names_the_tensor(folder: Path) -> None:
     path = folder / FILES[2]
     data = bytearray(path.read_bytes())
