@@ -25,11 +25,11 @@ class Error : public std::runtime_error {
 
 // Throws kt::Error with a streamed sentence unless `condition` holds:
 //   KT_CHECK(k > 0, "k must be positive, got " << k);
-#define KT_CHECK(condition, sentence)                              \
-  do {                                                             \
-    if (!(condition)) [[unlikely]] {                               \
-      std::ostringstream kt_sentence;                              \
-      kt_sentence << sentence;                                     \
-      throw ::kt::Error(kt_sentence.str(), __FILE__, __LINE__);    \
-    }                                                              \
+#define KT_CHECK(condition, sentence)                           \
+  do {                                                          \
+    if (!(condition)) [[unlikely]] {                            \
+      std::ostringstream kt_sentence;                           \
+      kt_sentence << sentence;                                  \
+      throw ::kt::Error(kt_sentence.str(), __FILE__, __LINE__); \
+    }                                                           \
   } while (0)

@@ -142,9 +142,9 @@ bool request_amx_permission() {
 }
 
 Detection detect() {
-  constexpr uint64_t kYmmState = 0x6;        // SSE and AVX halves
-  constexpr uint64_t kZmmState = 0xe6;       // and masks, upper halves, upper registers
-  constexpr uint64_t kTileState = 0x60000;   // tile configuration and data
+  constexpr uint64_t kYmmState = 0x6;       // SSE and AVX halves
+  constexpr uint64_t kZmmState = 0xe6;      // and masks, upper halves, upper registers
+  constexpr uint64_t kTileState = 0x60000;  // tile configuration and data
   Detection result;
   result.cpu_name = brand_string();
   const CpuidLeaf basic = cpuid(1, 0);
@@ -171,8 +171,9 @@ Detection detect() {
     if (bit(extended.edx, 25)) found |= kIsaAmxInt8;
     if (bit(extended.edx, 22)) found |= kIsaAmxBf16;
   } else if (tiles) {
-    result.note = " The CPU has AMX, but the kernel does not grant its tiles: it takes Linux 5.16 "
-                  "or newer, and a hypervisor or sandbox that passes them on.";
+    result.note =
+        " The CPU has AMX, but the kernel does not grant its tiles: it takes Linux 5.16 "
+        "or newer, and a hypervisor or sandbox that passes them on.";
   }
   result.found = drop_dependent(found);
   return result;

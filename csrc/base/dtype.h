@@ -1,4 +1,5 @@
-// Element types of tensors and weights, and scalar conversions. Not for ISA objects: it has inline functions.
+// Element types of tensors and weights, and scalar conversions. Not for ISA objects: it has inline
+// functions.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Index arithmetic and the non-owning function reference. Not for ISA objects: it has inline functions.
+// Index arithmetic and the non-owning function reference. Not for ISA objects: it has inline
+// functions.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,12 @@
 
 namespace kt {
 
-constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
 
 // Half-open range of indices.
 struct IndexRange {
@@ -18,7 +23,8 @@ struct IndexRange {
   int64_t size() const { return end - begin; }
 };
 
-// Part `part` of `parts` nearly equal contiguous parts of [0, count); the first parts get the remainder.
+// Part `part` of `parts` nearly equal contiguous parts of [0, count); the first parts get the
+// remainder.
 constexpr IndexRange even_part(int64_t count, int64_t part, int64_t parts) {
   const int64_t base = count / parts;
   const int64_t rest = count % parts;

@@ -18,7 +18,8 @@ struct LayerTable {
 };
 
 LayerTable& layer_table() {
-  static LayerTable* table = new LayerTable;  // never destroyed: a thread may still sync while the process exits
+  static LayerTable* table =
+      new LayerTable;  // never destroyed: a thread may still sync while the process exits
   return *table;
 }
 
@@ -58,13 +59,14 @@ std::shared_ptr<EngineLayer> find_layer(int64_t handle) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);
   const auto found = table.layers.find(handle);
-  KT_CHECK(found != table.layers.end(),
-           "there is no open MoE layer with handle " << handle << "; it was closed, or its process is another one.");
+  KT_CHECK(found != table.layers.end(), "there is no open MoE layer with handle "
+                                            << handle
+                                            << "; it was closed, or its process is another one.");
   return found->second;
 }
 
 void close_layer(int64_t handle) {
-  std::shared_ptr<EngineLayer> layer;   // both are destroyed after the lock is free
+  std::shared_ptr<EngineLayer> layer;  // both are destroyed after the lock is free
   std::vector<PendingForward> dropped;
   LayerTable& table = layer_table();
   {
@@ -103,7 +105,8 @@ PendingForward take_pending(int64_t ticket) {
   const std::lock_guard<std::mutex> lock(table.mutex);
   const auto found = table.pending.find(ticket);
   KT_CHECK(found != table.pending.end(),
-           "ticket " << ticket << " was already fetched by sync, never given out, or its layer was closed.");
+           "ticket " << ticket
+                     << " was already fetched by sync, never given out, or its layer was closed.");
   PendingForward pending = std::move(found->second);
   table.pending.erase(found);
   return pending;

@@ -15,11 +15,11 @@
 
 namespace kt {
 
-// One worker pool, one in-order stream whose jobs are worker 0 (on its own thread or on a waiting caller's), and the
-// scratch of all layers.
+// One worker pool, one in-order stream whose jobs are worker 0 (on its own thread or on a waiting
+// caller's), and the scratch of all layers.
 //
-// Threads   stream().submit() from any thread; everything that runs on the pool goes through the stream.
-// Lifetime  layers hold their engine; the destructor waits for queued jobs.
+// Threads   stream().submit() from any thread; everything that runs on the pool goes through the
+// stream. Lifetime  layers hold their engine; the destructor waits for queued jobs.
 class Engine {
  public:
   // As plan_pool(): 0 means "all usable".
@@ -34,8 +34,8 @@ class Engine {
   const Topology& topology() const { return topology_; }
   const std::vector<std::string>& warnings() const { return warnings_; }
 
-  // Runs `job` in the order of the stream, on the calling thread (pinned meanwhile) where the stream is idle, and returns
-  // when it is done; its error is thrown here.
+  // Runs `job` in the order of the stream, on the calling thread (pinned meanwhile) where the
+  // stream is idle, and returns when it is done; its error is thrown here.
   void run(std::function<void()> job);
 
  private:
@@ -57,7 +57,8 @@ struct EngineLayer {
 int64_t register_layer(std::shared_ptr<EngineLayer> layer);
 // Errors  kt::Error for a handle that was never given out or was closed.
 std::shared_ptr<EngineLayer> find_layer(int64_t handle);
-// Waits for the layer's queued forwards and drops what nobody fetched. A handle that is not open: nothing.
+// Waits for the layer's queued forwards and drops what nobody fetched. A handle that is not open:
+// nothing.
 void close_layer(int64_t handle);
 
 // A forward that was submitted to the stream and not yet fetched. `output` is the caller's.
@@ -67,9 +68,11 @@ struct PendingForward {
   std::any output;
 };
 
-// Keeps a forward until it is taken, or its layer closed; the tickets of all layers are distinct. Thread-safe.
+// Keeps a forward until it is taken, or its layer closed; the tickets of all layers are distinct.
+// Thread-safe.
 int64_t add_pending(PendingForward pending);
-// Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was closed.
+// Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was
+// closed.
 PendingForward take_pending(int64_t ticket);
 
 }  // namespace kt

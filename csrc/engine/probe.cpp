@@ -21,9 +21,11 @@ std::atomic<uint64_t> probe_sink{0};
 }  // namespace
 
 double probe_read(EngineLayer& layer) {
-  const ReadProbeFn read = select_probes(layer.layer.config().layout.code, cpu_features().chosen).read;
+  const ReadProbeFn read =
+      select_probes(layer.layer.config().layout.code, cpu_features().chosen).read;
   const std::vector<NumaArena>& arenas = layer.layer.store().arenas();
-  KT_CHECK(!arenas.empty(), "layer " << layer.layer.config().layer_idx << " has no experts on the CPU to read.");
+  KT_CHECK(!arenas.empty(),
+           "layer " << layer.layer.config().layer_idx << " has no experts on the CPU to read.");
   WorkerPool& pool = layer.engine->pool();
   double seconds = 0;
   uint64_t bytes = 0;
@@ -35,9 +37,9 @@ double probe_read(EngineLayer& layer) {
         const bool mine = arena.node_id() < 0 || arena.node_id() == node;
         if (!mine) continue;
         const bool shared = arena.node_id() < 0;
-        const IndexRange lines =
-            even_part(static_cast<int64_t>(arena.size()) / 64, shared ? worker.index : worker.index_in_node,
-                      shared ? pool.num_threads() : worker.node_threads);
+        const IndexRange lines = even_part(static_cast<int64_t>(arena.size()) / 64,
+                                           shared ? worker.index : worker.index_in_node,
+                                           shared ? pool.num_threads() : worker.node_threads);
         sum ^= read(arena.data() + lines.begin * 64, lines.size() * 64);
       }
       probe_sink.fetch_xor(sum, std::memory_order_relaxed);
@@ -52,7 +54,8 @@ double probe_read(EngineLayer& layer) {
 
 double probe_peak(EngineLayer& layer, int milliseconds) {
   const Probes probes = select_probes(layer.layer.config().layout.code, cpu_features().chosen);
-  // 2e9 multiply-accumulate instructions a second is the order of any core; the exact time does not matter
+  // 2e9 multiply-accumulate instructions a second is the order of any core; the exact time does not
+  // matter
   const int64_t iterations = std::max<int64_t>(int64_t{milliseconds} * 80'000, 1);
   WorkerPool& pool = layer.engine->pool();
   double seconds = 0;
@@ -64,7 +67,8 @@ double probe_peak(EngineLayer& layer, int milliseconds) {
     pool.run({body});
     seconds = seconds_of(std::chrono::steady_clock::now() - start);
   });
-  return static_cast<double>(iterations * probes.operations_per_iteration) * pool.num_threads() / seconds;
+  return static_cast<double>(iterations * probes.operations_per_iteration) * pool.num_threads() /
+         seconds;
 }
 
 double probe_dispatch(Engine& engine) {

@@ -5,10 +5,12 @@
 
 namespace kt {
 
-// Bytes per second of all workers reading all packed weights of a layer once, each worker what lies on its node.
+// Bytes per second of all workers reading all packed weights of a layer once, each worker what lies
+// on its node.
 double probe_read(EngineLayer& layer);
 
-// Operations per second of all workers multiplying on registers for about `milliseconds`, as the layer's kernels do.
+// Operations per second of all workers multiplying on registers for about `milliseconds`, as the
+// layer's kernels do.
 double probe_peak(EngineLayer& layer, int milliseconds);
 
 // Nanoseconds of dispatching an empty job to the pool and joining it, the median of many.

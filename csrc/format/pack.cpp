@@ -130,16 +130,13 @@ void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const 
                 uint8_t* dst) {
   const int64_t padded_k = layout.padded_k(k);
   switch (layout.code) {
-    case DType::kInt8:
-      return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
-    case DType::kInt4:
-      return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
+    case DType::kInt8: return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
+    case DType::kInt4: return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
     case DType::kBFloat16:
       return for_each_word(dst, padded_k, 2, [&](int64_t first, int column, uint8_t* word) {
         std::memcpy(word, static_cast<const uint16_t*>(codes) + column * padded_k + first, 4);
       });
-    default:
-      KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
   }
 }
 
@@ -154,14 +151,12 @@ void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, v
       std::memcpy(scales, panel + padded_k * kColumns + kColumns * sizeof(int32_t),
                   kColumns * sizeof(float));
       return;
-    case DType::kInt4:
-      return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
+    case DType::kInt4: return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
     case DType::kBFloat16:
       return for_each_word(panel, padded_k, 2, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<uint16_t*>(codes) + column * padded_k + first, word, 4);
       });
-    default:
-      KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
   }
 }
 

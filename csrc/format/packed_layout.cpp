@@ -115,14 +115,10 @@ int64_t PackedLayout::num_panels(int64_t n) const {
 int64_t PackedLayout::panel_bytes(int64_t k) const {
   const int64_t columns = padded_k(k) * kColumns;
   switch (code) {
-    case DType::kInt8:
-      return columns + kColumns * int64_t{sizeof(int32_t) + sizeof(float)};
-    case DType::kInt4:
-      return columns / 2 + num_groups(k) * kColumns * int64_t{sizeof(uint16_t)};
-    case DType::kBFloat16:
-      return columns * int64_t{sizeof(uint16_t)};
-    default:
-      break;
+    case DType::kInt8: return columns + kColumns * int64_t{sizeof(int32_t) + sizeof(float)};
+    case DType::kInt4: return columns / 2 + num_groups(k) * kColumns * int64_t{sizeof(uint16_t)};
+    case DType::kBFloat16: return columns * int64_t{sizeof(uint16_t)};
+    default: break;
   }
   throw Error(std::string("no packed layout has codes of ") + dtype_name(code), __FILE__, __LINE__);
 }

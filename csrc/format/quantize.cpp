@@ -350,17 +350,12 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
     load_quad(rows, quad, padded_k, largest, x);
     rotate_quad(x, padded_k, block);
     switch (layout.code) {
-      case DType::kInt8:
-        quantize_quad_int8(x, padded_k, quad, dst, wanted);
-        break;
+      case DType::kInt8: quantize_quad_int8(x, padded_k, quad, dst, wanted); break;
       case DType::kInt4:
         quantize_quad_int4(x, padded_k, group_size, quad, x + padded_k, dst, wanted);
         break;
-      case DType::kBFloat16:
-        quantize_quad_bf16(x, padded_k, quad, dst, wanted);
-        break;
-      default:
-        KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+      case DType::kBFloat16: quantize_quad_bf16(x, padded_k, quad, dst, wanted); break;
+      default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       total.error += sums.error[lane];

@@ -1,62 +1,71 @@
-// The contracts of all kernels: plain structs and function pointers, on raw memory, single-threaded.
-// Included by ISA objects, so it holds no inline function and only <cstdint>.
+// The contracts of all kernels: plain structs and function pointers, on raw memory,
+// single-threaded. Included by ISA objects, so it holds no inline function and only <cstdint>.
 //
-// Letters: m rows of activations (tokens), n output columns, k input columns; nr = 64 columns of a panel,
-// mr rows of a register tile. k is always the padded k of the layout (a multiple of 64 for integer codes, of 32 for bf16).
+// Letters: m rows of activations (tokens), n output columns, k input columns; nr = 64 columns of a
+// panel, mr rows of a register tile. k is always the padded k of the layout (a multiple of 64 for
+// integer codes, of 32 for bf16).
 #pragma once
 
 #include <cstdint>
 
 namespace kt {
 
-// Output columns of one packed panel; four 64-byte lines of 16 columns a k-step. (format/packed_layout.h has the bytes.)
+// Output columns of one packed panel; four 64-byte lines of 16 columns a k-step.
+// (format/packed_layout.h has the bytes.)
 constexpr int kPanelColumns = 64;
 
-// Largest padded k of the integer kernels: 255 * 127 * k must stay below 2^31, and 65536 is the round number under it.
+// Largest padded k of the integer kernels: 255 * 127 * k must stay below 2^31, and 65536 is the
+// round number under it.
 constexpr int kMaxIntegerK = 65536;
 
 // c[i, j] = sum_k a[row(i), k] * w[j, k], for one panel of 64 columns, i in [0, m).
 //
 // Formula   int8   c = (float(sum_k qa * qw) * w_scale[j]) * a_scale[row]
-//           int4   acc = 0; for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j], acc); c = acc * a_scale[row]
-//           bf16   c = sum_k a * w in fp32, order and rounding free within a tier but the same for every m
-//           Integer sums are exact, so int8 and int4 give the same bits on every tier, for every m.
-// Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's a_dtype);
-//           a_scale [rows]; a_group_sum [rows, groups], sum of the int8 codes of each weight group (int4 only);
-//           panel as PackedLayout describes, or what ExpandFn wrote if the kernel has one; c [m, 64], overwritten.
+//           int4   acc = 0; for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j],
+//           acc); c = acc * a_scale[row] bf16   c = sum_k a * w in fp32, order and rounding free
+//           within a tier but the same for every m Integer sums are exact, so int8 and int4 give
+//           the same bits on every tier, for every m.
+// Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's
+// a_dtype);
+//           a_scale [rows]; a_group_sum [rows, groups], sum of the int8 codes of each weight group
+//           (int4 only); panel as PackedLayout describes, or what ExpandFn wrote if the kernel has
+//           one; c [m, 64], overwritten.
 // Units     a_stride_bytes in bytes; c_stride and a_group_sum_stride in elements.
-// Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32, or k for one scale a row; group_size <= k.
-// Threads   re-entrant.
+// Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32, or k for one scale a
+// row; group_size <= k. Threads   re-entrant.
 struct GemmArgs {
   const void* a;
   int64_t a_stride_bytes;
-  const int32_t* row_idx;         // row(i) = row_idx[i]; null: row(i) = i
-  const float* a_scale;           // null for bf16
-  const int32_t* a_group_sum;     // null but for int4
+  const int32_t* row_idx;      // row(i) = row_idx[i]; null: row(i) = i
+  const float* a_scale;        // null for bf16
+  const int32_t* a_group_sum;  // null but for int4
   int64_t a_group_sum_stride;
   const uint8_t* panel;
-  const uint8_t* next_panel;      // what this thread reads next, for prefetch; may be null
+  const uint8_t* next_panel;  // what this thread reads next, for prefetch; may be null
   float* c;
   int64_t c_stride;
   int32_t m;
   int32_t k;
-  int32_t group_size;             // int4: columns of k under one scale
+  int32_t group_size;  // int4: columns of k under one scale
 };
 using GemmFn = void (*)(const GemmArgs&);
 
-// Unpacks one int4 panel for many rows: scratch = uint8 codes (q + 8) as [k/4][64][4], then fp32 scales [groups][64].
-// Shapes    scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
+// Unpacks one int4 panel for many rows: scratch = uint8 codes (q + 8) as [k/4][64][4], then fp32
+// scales [groups][64]. Shapes    scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
 using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
 
-// Reads every 64-byte line of [data, data + bytes) once, as fast as one thread of the tier can; returns the exclusive or of
-// all 8-byte words, so that no read can be left out. bytes a multiple of 64, data 64-byte aligned.
+// Reads every 64-byte line of [data, data + bytes) once, as fast as one thread of the tier can;
+// returns the exclusive or of all 8-byte words, so that no read can be left out. bytes a multiple
+// of 64, data 64-byte aligned.
 using ReadProbeFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
-// Runs `iterations` of multiply-accumulate instructions on registers only: what the GEMMs of the tier could reach at best.
-// Each iteration is the row's number of operations (two a multiply-accumulate). Returns something of the sums.
+// Runs `iterations` of multiply-accumulate instructions on registers only: what the GEMMs of the
+// tier could reach at best. Each iteration is the row's number of operations (two a
+// multiply-accumulate). Returns something of the sums.
 using PeakProbeFn = uint64_t (*)(int64_t iterations);
 
-// Row operations of one tier. Same bits on every tier: each step below is one rounded fp32 operation, in this order.
+// Row operations of one tier. Same bits on every tier: each step below is one rounded fp32
+// operation, in this order.
 struct RowwiseOps {
   const char* name;
 
@@ -68,21 +77,25 @@ struct RowwiseOps {
   void (*store_bf16)(const float* src, uint16_t* dst, int32_t n);
   void (*store_fp16)(const float* src, uint16_t* dst, int32_t n);
 
-  // In place, for each block of `block` columns: x = H x / sqrt(block), H the Sylvester-Hadamard matrix.
-  // Butterflies with distance 1, 2, 4, ..., block/2: (u, v) -> (u + v, u - v); at the end one multiplication by
-  // float(1 / sqrt(block)). block is a power of two from 32 to 1024 that divides n. The transform is its own inverse.
+  // In place, for each block of `block` columns: x = H x / sqrt(block), H the Sylvester-Hadamard
+  // matrix. Butterflies with distance 1, 2, 4, ..., block/2: (u, v) -> (u + v, u - v); at the end
+  // one multiplication by float(1 / sqrt(block)). block is a power of two from 32 to 1024 that
+  // divides n. The transform is its own inverse.
   void (*rotate)(float* x, int32_t n, int32_t block);
 
   // Symmetric int8 with one scale a row.
   //   amax = max |x|; amax < 2^-100: scale 0, codes 0; amax not finite: scale NaN, codes 0;
-  //   else scale = amax / 127, inverse = 127 / amax, code[i] = round_to_nearest_even(x[i] * inverse).
-  // codes[i] = code + offset as a byte (offset 0 or 128). group_sum[g] = sum of code over [g*group_size, (g+1)*group_size),
-  // the last group may be short; group_size a multiple of 32; null group_sum: not wanted. n a multiple of 64.
+  //   else scale = amax / 127, inverse = 127 / amax, code[i] = round_to_nearest_even(x[i] *
+  //   inverse).
+  // codes[i] = code + offset as a byte (offset 0 or 128). group_sum[g] = sum of code over
+  // [g*group_size, (g+1)*group_size), the last group may be short; group_size a multiple of 32;
+  // null group_sum: not wanted. n a multiple of 64.
   void (*quantize)(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
                    int32_t group_size, int32_t* group_sum);
 
   // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)).
-  // exp as rowwise.h defines it (Cody-Waite and a polynomial, every step an fma); n a multiple of 16.
+  // exp as rowwise.h defines it (Cody-Waite and a polynomial, every step an fma); n a multiple
+  // of 16.
   void (*silu_and_mul)(const float* gate, const float* up, float* out, int32_t n);
 
   // out[i] = fma(weight, x[i], out[i]); n a multiple of 16.

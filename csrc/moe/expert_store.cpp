@@ -8,10 +8,13 @@
 namespace kt {
 namespace {
 
-// Matrices start on their own page, so that pages of two experts are never mixed when one is replaced.
+// Matrices start on their own page, so that pages of two experts are never mixed when one is
+// replaced.
 constexpr int64_t kMatrixAlignment = 4096;
 
-const char* projection_name(Projection projection) { return projection == Projection::kW13 ? "w13" : "w2"; }
+const char* projection_name(Projection projection) {
+  return projection == Projection::kW13 ? "w13" : "w2";
+}
 
 // Re-throws an error of the quantizer with the place it happened.
 template <typename F>
@@ -19,8 +22,9 @@ void with_place(int layer_idx, int expert, Projection projection, int64_t panel,
   try {
     body();
   } catch (const Error& error) {
-    KT_CHECK(false, "layer " << layer_idx << ", expert " << expert << ", " << projection_name(projection)
-                             << " panel " << panel << ": " << error.what());
+    KT_CHECK(false, "layer " << layer_idx << ", expert " << expert << ", "
+                             << projection_name(projection) << " panel " << panel << ": "
+                             << error.what());
   }
 }
 
@@ -29,7 +33,8 @@ void with_place(int layer_idx, int expert, Projection projection, int64_t panel,
 ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(config), pool_(pool) {
   check_moe_config(config);
   slot_.assign(config.num_experts, -1);
-  for (size_t i = 0; i < config.expert_ids.size(); ++i) slot_[config.expert_ids[i]] = static_cast<int>(i);
+  for (size_t i = 0; i < config.expert_ids.size(); ++i)
+    slot_[config.expert_ids[i]] = static_cast<int>(i);
   loaded_.assign(config.expert_ids.size(), 0);
 
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
@@ -64,7 +69,8 @@ int64_t ExpertStore::num_panels(Projection projection) const {
 }
 
 int64_t ExpertStore::padded_k(Projection projection) const {
-  return config_.layout.padded_k(projection == Projection::kW13 ? config_.hidden_size : config_.intermediate_size);
+  return config_.layout.padded_k(projection == Projection::kW13 ? config_.hidden_size
+                                                                : config_.intermediate_size);
 }
 
 int64_t ExpertStore::panel_bytes(Projection projection) const {
@@ -98,15 +104,17 @@ void ExpertStore::check_expert(int expert) const {
                     << " experts were given one when the layer was made.");
 }
 
-// Calls fill(source index, projection, panel, destination) once for every panel of every source, on a worker of the node
-// that owns the panel, so that first touch is local.
+// Calls fill(source index, projection, panel, destination) once for every panel of every source, on
+// a worker of the node that owns the panel, so that first touch is local.
 template <typename Fill>
 void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
   std::vector<char> given(slot_.size(), 0);
   for (const int expert : experts) {
     check_expert(expert);
-    KT_CHECK(!given[expert], "layer " << config_.layer_idx << ": expert " << expert
-                                      << " is given twice in one load; its panels would be written by two threads.");
+    KT_CHECK(
+        !given[expert],
+        "layer " << config_.layer_idx << ": expert " << expert
+                 << " is given twice in one load; its panels would be written by two threads.");
     given[expert] = 1;
   }
   // an expert whose load fails half-way must not count as loaded, even if it was before
@@ -114,13 +122,14 @@ void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
   const auto body = [&](const Worker& worker) {
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
       const IndexRange panels = node_panels(projection, worker.node);
-      const IndexRange units =
-          even_part(panels.size() * static_cast<int64_t>(experts.size()), worker.index_in_node, worker.node_threads);
+      const IndexRange units = even_part(panels.size() * static_cast<int64_t>(experts.size()),
+                                         worker.index_in_node, worker.node_threads);
       for (int64_t unit = units.begin; unit < units.end; ++unit) {
         const int64_t source = unit / panels.size();
         const int64_t p = panels.begin + unit % panels.size();
-        with_place(config_.layer_idx, experts[source], projection, p,
-                   [&] { fill(source, projection, p, mutable_panel(projection, slot_[experts[source]], p)); });
+        with_place(config_.layer_idx, experts[source], projection, p, [&] {
+          fill(source, projection, p, mutable_panel(projection, slot_[experts[source]], p));
+        });
       }
     }
   };
@@ -133,10 +142,11 @@ void ExpertStore::load(const std::vector<Source>& sources) {
   for (const Source& source : sources) experts.push_back(source.expert);
   fill_panels(experts, [&](int64_t i, Projection projection, int64_t p, uint8_t* dst) {
     const Source& source = sources[i];
-    const PanelRows rows =
-        projection == Projection::kW13
-            ? w13_panel_rows(source.gate, source.up, source.dtype, config_.intermediate_size, config_.hidden_size, p)
-            : matrix_panel_rows(source.down, source.dtype, config_.hidden_size, config_.intermediate_size, p);
+    const PanelRows rows = projection == Projection::kW13
+                               ? w13_panel_rows(source.gate, source.up, source.dtype,
+                                                config_.intermediate_size, config_.hidden_size, p)
+                               : matrix_panel_rows(source.down, source.dtype, config_.hidden_size,
+                                                   config_.intermediate_size, p);
     quantize_panel(config_.layout, rows, dst, nullptr);
   });
 }
@@ -152,11 +162,13 @@ void ExpertStore::load_packed(const std::vector<Packed>& sources) {
 
 void ExpertStore::export_packed(int expert, uint8_t* w13, uint8_t* w2) const {
   check_expert(expert);
-  KT_CHECK(loaded(expert), "layer " << config_.layer_idx << ": expert " << expert << " has not been loaded yet.");
+  KT_CHECK(loaded(expert),
+           "layer " << config_.layer_idx << ": expert " << expert << " has not been loaded yet.");
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     uint8_t* matrix = projection == Projection::kW13 ? w13 : w2;
     for (int64_t p = 0; p < num_panels(projection); ++p) {
-      std::memcpy(matrix + p * panel_bytes(projection), panel(projection, expert, p), panel_bytes(projection));
+      std::memcpy(matrix + p * panel_bytes(projection), panel(projection, expert, p),
+                  panel_bytes(projection));
     }
   }
 }

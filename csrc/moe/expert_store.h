@@ -1,4 +1,5 @@
-// The packed weights of one layer, cut over NUMA nodes. Owns its memory; no arithmetic but quantization at load.
+// The packed weights of one layer, cut over NUMA nodes. Owns its memory; no arithmetic but
+// quantization at load.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,8 @@ namespace kt {
 
 enum class Projection { kW13 = 0, kW2 = 1 };
 
-// Every matrix is cut by its output columns in whole panels over the nodes of the pool, in proportion to their threads:
-// nothing is summed across nodes and every byte is stored once.
+// Every matrix is cut by its output columns in whole panels over the nodes of the pool, in
+// proportion to their threads: nothing is summed across nodes and every byte is stored once.
 //
 // Threads   load_* by one thread at a time, before or between forwards; panel() from any thread.
 // Lifetime  the pool must outlive the store.
@@ -24,13 +25,14 @@ class ExpertStore {
   ExpertStore(const MoeConfig& config, WorkerPool& pool);
 
   const MoeConfig& config() const { return config_; }
-  bool has(int expert) const { return slot_[expert] >= 0; }   // lives here
+  bool has(int expert) const { return slot_[expert] >= 0; }  // lives here
   bool loaded(int expert) const { return slot_[expert] >= 0 && loaded_[slot_[expert]]; }
   bool all_loaded() const;
 
-  // Rows of one expert in a float type: gate, up [intermediate_size, hidden_size], down [hidden_size, intermediate_size],
-  // row-major. Quantizes and packs on the pool, each panel on the node that owns it.
-  // Errors (load and load_packed)  kt::Error for an expert without a place here, or twice in one call.
+  // Rows of one expert in a float type: gate, up [intermediate_size, hidden_size], down
+  // [hidden_size, intermediate_size], row-major. Quantizes and packs on the pool, each panel on the
+  // node that owns it. Errors (load and load_packed)  kt::Error for an expert without a place here,
+  // or twice in one call.
   struct Source {
     int expert;
     const void* gate;

@@ -6,15 +6,17 @@
 namespace kt {
 namespace {
 
-// Rows multiplied before the tile is consumed: 48 x 64 x 4 bytes = 12 KB stay in L1, and 48 is whole blocks of mr = 6.
+// Rows multiplied before the tile is consumed: 48 x 64 x 4 bytes = 12 KB stay in L1, and 48 is
+// whole blocks of mr = 6.
 constexpr int kRowBlock = 48;
 
-// Up to this many activation values (tokens x hidden, rows x intermediate) each worker quantizes all of them itself
-// instead of sharing the work and paying a barrier: 16384 values take about 8 us, less than one DeepSeek-V3 token waits
-// for memory on any socket.
+// Up to this many activation values (tokens x hidden, rows x intermediate) each worker quantizes
+// all of them itself instead of sharing the work and paying a barrier: 16384 values take about 8
+// us, less than one DeepSeek-V3 token waits for memory on any socket.
 constexpr int64_t kRedundantValues = 16384;
 
-// A panel is read from memory whatever its rows, so below this many rows its cost is that of the read.
+// A panel is read from memory whatever its rows, so below this many rows its cost is that of the
+// read.
 constexpr int64_t kMemoryBoundRows = 4;
 
 constexpr int64_t kLine = 64;
@@ -23,8 +25,8 @@ int64_t line_up(int64_t bytes) { return round_up(bytes, kLine); }
 
 }  // namespace
 
-ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels, const Routing& routing,
-                         MoeScratch& scratch, const MoeInput& input)
+ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
+                         const Routing& routing, MoeScratch& scratch, const MoeInput& input)
     : store_(store),
       pool_(pool),
       kernels_(kernels),
@@ -32,28 +34,32 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
       scratch_(scratch),
       input_(input),
       few_rows_(int64_t{input.num_tokens} * store.config().hidden_size <= kRedundantValues &&
-                int64_t{routing.num_rows()} * store.config().intermediate_size <= kRedundantValues) {
+                int64_t{routing.num_rows()} * store.config().intermediate_size <=
+                    kRedundantValues) {
   const int64_t num_rows = routing.num_rows();
   intermediate_stride_ = round_up(store.config().intermediate_size, kPanelColumns);
-  intermediate_ = reinterpret_cast<float*>(
-      scratch.intermediate.reserve(num_rows * intermediate_stride_ * static_cast<int64_t>(sizeof(float))));
+  intermediate_ = reinterpret_cast<float*>(scratch.intermediate.reserve(
+      num_rows * intermediate_stride_ * static_cast<int64_t>(sizeof(float))));
   if (!few_rows_) {
-    shared_tokens_ = activations_at(scratch.tokens.reserve(activation_bytes(input.num_tokens, Projection::kW13)),
-                                    input.num_tokens, Projection::kW13);
-    shared_rows_ = activations_at(scratch.rows.reserve(activation_bytes(num_rows, Projection::kW2)), num_rows,
-                                  Projection::kW2);
+    shared_tokens_ =
+        activations_at(scratch.tokens.reserve(activation_bytes(input.num_tokens, Projection::kW13)),
+                       input.num_tokens, Projection::kW13);
+    shared_rows_ = activations_at(scratch.rows.reserve(activation_bytes(num_rows, Projection::kW2)),
+                                  num_rows, Projection::kW2);
   }
   scratch.workers.resize(std::max<size_t>(scratch.workers.size(), pool.num_threads()));
 
   std::vector<int64_t> costs;
   costs.reserve(routing.experts.size());
   for (size_t i = 0; i < routing.experts.size(); ++i) {
-    costs.push_back(std::max<int64_t>(routing.offsets[i + 1] - routing.offsets[i], kMemoryBoundRows));
+    costs.push_back(
+        std::max<int64_t>(routing.offsets[i + 1] - routing.offsets[i], kMemoryBoundRows));
   }
   scratch.prepare_splits(pool.num_nodes());
   for (int node = 0; node < pool.num_nodes(); ++node) {
     const int workers = static_cast<int>(pool.plan().nodes[node].cpus.size());
-    scratch.w13_splits[node]->reset(costs, store.node_panels(Projection::kW13, node).size(), workers);
+    scratch.w13_splits[node]->reset(costs, store.node_panels(Projection::kW13, node).size(),
+                                    workers);
     scratch.w2_splits[node]->reset({1}, store.node_panels(Projection::kW2, node).size(), workers);
   }
 }
@@ -67,7 +73,8 @@ void ForwardPass::run() {
     };
     const auto second = [&](const Worker& worker) {
       const WorkerBuffers mine = buffers(worker);
-      for (int64_t r = 0; r < routing_.num_rows(); ++r) quantize_intermediate(r, mine.row, mine.rows);
+      for (int64_t r = 0; r < routing_.num_rows(); ++r)
+        quantize_intermediate(r, mine.row, mine.rows);
       compute_w2(worker, mine, mine.rows);
     };
     pool_.run({first, second});
@@ -78,11 +85,14 @@ void ForwardPass::run() {
     const IndexRange part = even_part(input_.num_tokens, worker.index, pool_.num_threads());
     for (int64_t t = part.begin; t < part.end; ++t) quantize_token(t, mine.row, shared_tokens_);
   };
-  const auto w13 = [&](const Worker& worker) { compute_w13(worker, buffers(worker), shared_tokens_); };
+  const auto w13 = [&](const Worker& worker) {
+    compute_w13(worker, buffers(worker), shared_tokens_);
+  };
   const auto quantize_rows = [&](const Worker& worker) {
     const WorkerBuffers mine = buffers(worker);
     const IndexRange part = even_part(routing_.num_rows(), worker.index, pool_.num_threads());
-    for (int64_t r = part.begin; r < part.end; ++r) quantize_intermediate(r, mine.row, shared_rows_);
+    for (int64_t r = part.begin; r < part.end; ++r)
+      quantize_intermediate(r, mine.row, shared_rows_);
   };
   const auto w2 = [&](const Worker& worker) { compute_w2(worker, buffers(worker), shared_rows_); };
   pool_.run({quantize_tokens, w13, quantize_rows, w2});
@@ -96,7 +106,8 @@ int64_t ForwardPass::activation_bytes(int64_t rows, Projection projection) const
          line_up(rows * layout.num_groups(k) * static_cast<int64_t>(sizeof(int32_t)));
 }
 
-ActivationRows ForwardPass::activations_at(uint8_t* base, int64_t rows, Projection projection) const {
+ActivationRows ForwardPass::activations_at(uint8_t* base, int64_t rows,
+                                           Projection projection) const {
   const PackedLayout& layout = store_.config().layout;
   const int64_t k = store_.padded_k(projection);
   ActivationRows out;
@@ -115,11 +126,14 @@ ActivationRows ForwardPass::activations_at(uint8_t* base, int64_t rows, Projecti
 ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
   const PackedLayout& layout = store_.config().layout;
   const int64_t k = std::max(store_.padded_k(Projection::kW13), store_.padded_k(Projection::kW2));
-  const int64_t tile_bytes = int64_t{kRowBlock} * kPanelColumns * static_cast<int64_t>(sizeof(float));
+  const int64_t tile_bytes =
+      int64_t{kRowBlock} * kPanelColumns * static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = line_up(k * static_cast<int64_t>(sizeof(float)));
-  const int64_t expanded_bytes =
-      layout.code == DType::kInt4 ? k * kPanelColumns + layout.num_groups(k) * kPanelColumns * 4 : 0;
-  const int64_t column_bytes = int64_t{input_.num_tokens} * kPanelColumns * static_cast<int64_t>(sizeof(float));
+  const int64_t expanded_bytes = layout.code == DType::kInt4
+                                     ? k * kPanelColumns + layout.num_groups(k) * kPanelColumns * 4
+                                     : 0;
+  const int64_t column_bytes =
+      int64_t{input_.num_tokens} * kPanelColumns * static_cast<int64_t>(sizeof(float));
   const int64_t token_bytes = few_rows_ ? activation_bytes(input_.num_tokens, Projection::kW13) : 0;
   const int64_t code_bytes = few_rows_ ? activation_bytes(routing_.num_rows(), Projection::kW2) : 0;
 
@@ -147,18 +161,22 @@ void ForwardPass::quantize_token(int64_t token, float* row, const ActivationRows
   const int32_t n = store_.config().hidden_size;
   const int32_t padded = static_cast<int32_t>(store_.padded_k(Projection::kW13));
   const RowwiseOps& ops = *kernels_.rowwise;
-  const uint8_t* src = static_cast<const uint8_t*>(input_.hidden_states) + token * n * (dtype_bits(input_.dtype) / 8);
+  const uint8_t* src = static_cast<const uint8_t*>(input_.hidden_states) +
+                       token * n * (dtype_bits(input_.dtype) / 8);
   switch (input_.dtype) {
-    case DType::kBFloat16: ops.load_bf16(reinterpret_cast<const uint16_t*>(src), row, n, padded); break;
-    case DType::kFloat16: ops.load_fp16(reinterpret_cast<const uint16_t*>(src), row, n, padded); break;
-    default:
-      std::memcpy(row, src, n * sizeof(float));
-      std::fill(row + n, row + padded, 0.0f);
+    case DType::kBFloat16:
+      ops.load_bf16(reinterpret_cast<const uint16_t*>(src), row, n, padded);
+      break;
+    case DType::kFloat16:
+      ops.load_fp16(reinterpret_cast<const uint16_t*>(src), row, n, padded);
+      break;
+    default: std::memcpy(row, src, n * sizeof(float)); std::fill(row + n, row + padded, 0.0f);
   }
   quantize_row(row, n, token, Projection::kW13, out);
 }
 
-void ForwardPass::quantize_intermediate(int64_t row_idx, float* row, const ActivationRows& out) const {
+void ForwardPass::quantize_intermediate(int64_t row_idx, float* row,
+                                        const ActivationRows& out) const {
   const int64_t n = store_.config().intermediate_size;
   std::memcpy(row, intermediate_ + row_idx * intermediate_stride_, n * sizeof(float));
   std::fill(row + n, row + store_.padded_k(Projection::kW2), 0.0f);
@@ -177,16 +195,18 @@ void ForwardPass::quantize_row(float* row, int64_t k, int64_t row_idx, Projectio
   }
   const int block = layout.rotation_block(k);
   if (block > 0) ops.rotate(row, padded, block);
-  int32_t* group_sum = out.group_sum == nullptr ? nullptr : out.group_sum + row_idx * out.group_sum_stride;
+  int32_t* group_sum =
+      out.group_sum == nullptr ? nullptr : out.group_sum + row_idx * out.group_sum_stride;
   ops.quantize(row, padded, kernels_.a_dtype == DType::kUint8 ? 128 : 0, codes, out.scale + row_idx,
                layout.effective_group_size(k), group_sum);
 }
 
-// Multiplies all rows of one expert by one panel, a block of rows at a time: consume(first row of the block, rows, tile).
-// `rows` are indexed by token for w13 and by routing row for w2.
+// Multiplies all rows of one expert by one panel, a block of rows at a time: consume(first row of
+// the block, rows, tile). `rows` are indexed by token for w13 and by routing row for w2.
 template <typename Consume>
-void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int64_t p, const uint8_t* next_panel,
-                                 const ActivationRows& rows, const WorkerBuffers& mine, Consume&& consume) const {
+void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
+                                 const uint8_t* next_panel, const ActivationRows& rows,
+                                 const WorkerBuffers& mine, Consume&& consume) const {
   const int32_t begin = routing_.offsets[expert_pos];
   const int32_t count = routing_.offsets[expert_pos + 1] - begin;
   const GemmKernel& kernel = kernels_.for_rows(count);
@@ -214,7 +234,8 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
     } else {
       args.a = rows.codes + first * rows.stride_bytes;
       args.a_scale = rows.scale + first;
-      args.a_group_sum = rows.group_sum == nullptr ? nullptr : rows.group_sum + first * rows.group_sum_stride;
+      args.a_group_sum =
+          rows.group_sum == nullptr ? nullptr : rows.group_sum + first * rows.group_sum_stride;
     }
     kernel.gemm(args);
     args.next_panel = nullptr;
@@ -222,7 +243,8 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   }
 }
 
-void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens) {
+void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
+                              const ActivationRows& tokens) {
   const IndexRange panels = store_.node_panels(Projection::kW13, worker.node);
   WorkSplit& split = *scratch_.w13_splits[worker.node];
   const auto compute = [&](int64_t unit, bool has_next) {
@@ -232,22 +254,26 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine, c
       next = store_.panel(Projection::kW13, routing_.experts[split.item(unit + 1)],
                           panels.begin + split.panel(unit + 1));
     }
-    multiply_panel(Projection::kW13, split.item(unit), p, next, tokens, mine,
-                   [&](int32_t first, int32_t count, const float* tile) {
-                     float* out = intermediate_ + first * intermediate_stride_ + p * (kPanelColumns / 2);
-                     for (int32_t r = 0; r < count; ++r) {
-                       const float* gate = tile + r * kPanelColumns;
-                       kernels_.rowwise->silu_and_mul(gate, gate + kPanelColumns / 2,
-                                                      out + r * intermediate_stride_, kPanelColumns / 2);
-                     }
-                   });
+    multiply_panel(
+        Projection::kW13, split.item(unit), p, next, tokens, mine,
+        [&](int32_t first, int32_t count, const float* tile) {
+          float* out = intermediate_ + first * intermediate_stride_ + p * (kPanelColumns / 2);
+          for (int32_t r = 0; r < count; ++r) {
+            const float* gate = tile + r * kPanelColumns;
+            kernels_.rowwise->silu_and_mul(gate, gate + kPanelColumns / 2,
+                                           out + r * intermediate_stride_, kPanelColumns / 2);
+          }
+        });
   };
   const IndexRange mine_first = split.static_units(worker.index_in_node);
-  for (int64_t unit = mine_first.begin; unit < mine_first.end; ++unit) compute(unit, unit + 1 < mine_first.end);
-  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit()) compute(unit, false);
+  for (int64_t unit = mine_first.begin; unit < mine_first.end; ++unit)
+    compute(unit, unit + 1 < mine_first.end);
+  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
+    compute(unit, false);
 }
 
-void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& rows) {
+void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine,
+                             const ActivationRows& rows) {
   const IndexRange panels = store_.node_panels(Projection::kW2, worker.node);
   WorkSplit& split = *scratch_.w2_splits[worker.node];
   const IndexRange mine_first = split.static_units(worker.index_in_node);
@@ -259,31 +285,40 @@ void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine, co
   }
 }
 
-void ForwardPass::compute_w2_panel(int64_t p, const WorkerBuffers& mine, const ActivationRows& rows) const {
+void ForwardPass::compute_w2_panel(int64_t p, const WorkerBuffers& mine,
+                                   const ActivationRows& rows) const {
   std::memset(mine.columns, 0, int64_t{input_.num_tokens} * kPanelColumns * sizeof(float));
   const int64_t num_experts = static_cast<int64_t>(routing_.experts.size());
   for (int64_t i = 0; i < num_experts; ++i) {
-    const uint8_t* next = i + 1 < num_experts ? store_.panel(Projection::kW2, routing_.experts[i + 1], p) : nullptr;
-    multiply_panel(Projection::kW2, i, p, next, rows, mine, [&](int32_t first, int32_t count, const float* tile) {
-      for (int32_t r = 0; r < count; ++r) {
-        kernels_.rowwise->add_scaled(tile + r * kPanelColumns, routing_.weight[first + r],
-                                     mine.columns + int64_t{routing_.token[first + r]} * kPanelColumns,
-                                     kPanelColumns);
-      }
-    });
+    const uint8_t* next =
+        i + 1 < num_experts ? store_.panel(Projection::kW2, routing_.experts[i + 1], p) : nullptr;
+    multiply_panel(Projection::kW2, i, p, next, rows, mine,
+                   [&](int32_t first, int32_t count, const float* tile) {
+                     for (int32_t r = 0; r < count; ++r) {
+                       kernels_.rowwise->add_scaled(
+                           tile + r * kPanelColumns, routing_.weight[first + r],
+                           mine.columns + int64_t{routing_.token[first + r]} * kPanelColumns,
+                           kPanelColumns);
+                     }
+                   });
   }
   store_columns(mine.columns, p);
 }
 
 void ForwardPass::store_columns(const float* columns, int64_t p) const {
   const int64_t hidden_size = store_.config().hidden_size;
-  const int32_t n = static_cast<int32_t>(std::min<int64_t>(kPanelColumns, hidden_size - p * kPanelColumns));
+  const int32_t n =
+      static_cast<int32_t>(std::min<int64_t>(kPanelColumns, hidden_size - p * kPanelColumns));
   for (int64_t t = 0; t < input_.num_tokens; ++t) {
     const float* src = columns + t * kPanelColumns;
     const int64_t at = t * hidden_size + p * kPanelColumns;
     switch (input_.dtype) {
-      case DType::kBFloat16: kernels_.rowwise->store_bf16(src, static_cast<uint16_t*>(input_.output) + at, n); break;
-      case DType::kFloat16: kernels_.rowwise->store_fp16(src, static_cast<uint16_t*>(input_.output) + at, n); break;
+      case DType::kBFloat16:
+        kernels_.rowwise->store_bf16(src, static_cast<uint16_t*>(input_.output) + at, n);
+        break;
+      case DType::kFloat16:
+        kernels_.rowwise->store_fp16(src, static_cast<uint16_t*>(input_.output) + at, n);
+        break;
       default: std::memcpy(static_cast<float*>(input_.output) + at, src, n * sizeof(float));
     }
   }

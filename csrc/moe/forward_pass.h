@@ -12,33 +12,35 @@ namespace kt {
 
 // Activations as the GEMM kernels read them.
 struct ActivationRows {
-  uint8_t* codes = nullptr;       // [rows, padded k] int8, int8 + 128 or bf16
+  uint8_t* codes = nullptr;  // [rows, padded k] int8, int8 + 128 or bf16
   int64_t stride_bytes = 0;
-  float* scale = nullptr;         // [rows]; integer layouts
-  int32_t* group_sum = nullptr;   // [rows, groups]; int4
+  float* scale = nullptr;        // [rows]; integer layouts
+  int32_t* group_sum = nullptr;  // [rows, groups]; int4
   int64_t group_sum_stride = 0;
 };
 
 // Phases, a barrier between each:
-//   few rows   1. quantize tokens (every worker all of them, into its own buffer); w13 panels, SiLU and multiply
+//   few rows   1. quantize tokens (every worker all of them, into its own buffer); w13 panels, SiLU
+//   and multiply
 //              2. quantize intermediate rows (the same way); w2 panels, weighted sum
-//   many rows  1. quantize tokens (shared)  2. w13 panels, SiLU and multiply  3. quantize rows (shared)  4. w2 panels
-// A worker owns whole output columns of w2 and walks the experts in ascending order: the sum needs no partial buffer,
-// no atomics, and has one order for any number of threads.
+//   many rows  1. quantize tokens (shared)  2. w13 panels, SiLU and multiply  3. quantize rows
+//   (shared)  4. w2 panels
+// A worker owns whole output columns of w2 and walks the experts in ascending order: the sum needs
+// no partial buffer, no atomics, and has one order for any number of threads.
 class ForwardPass {
  public:
-  ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels, const Routing& routing,
-              MoeScratch& scratch, const MoeInput& input);
+  ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
+              const Routing& routing, MoeScratch& scratch, const MoeInput& input);
   void run();
 
  private:
   // The private memory of one worker.
   struct WorkerBuffers {
-    float* tile = nullptr;       // [kRowBlock, 64]
-    float* row = nullptr;        // one fp32 row
-    uint8_t* expanded = nullptr; // one expanded int4 panel
-    float* columns = nullptr;    // [num_tokens, 64] sums of one w2 panel
-    ActivationRows tokens;       // few rows only
+    float* tile = nullptr;        // [kRowBlock, 64]
+    float* row = nullptr;         // one fp32 row
+    uint8_t* expanded = nullptr;  // one expanded int4 panel
+    float* columns = nullptr;     // [num_tokens, 64] sums of one w2 panel
+    ActivationRows tokens;        // few rows only
     ActivationRows rows;
   };
 
@@ -48,11 +50,13 @@ class ForwardPass {
 
   void quantize_token(int64_t token, float* row, const ActivationRows& out) const;
   void quantize_intermediate(int64_t row_idx, float* row, const ActivationRows& out) const;
-  void quantize_row(float* row, int64_t k, int64_t row_idx, Projection projection, const ActivationRows& out) const;
+  void quantize_row(float* row, int64_t k, int64_t row_idx, Projection projection,
+                    const ActivationRows& out) const;
 
   template <typename Consume>
-  void multiply_panel(Projection projection, int64_t expert_pos, int64_t p, const uint8_t* next_panel,
-                      const ActivationRows& rows, const WorkerBuffers& mine, Consume&& consume) const;
+  void multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
+                      const uint8_t* next_panel, const ActivationRows& rows,
+                      const WorkerBuffers& mine, Consume&& consume) const;
   void compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens);
   void compute_w2(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& rows);
   void compute_w2_panel(int64_t p, const WorkerBuffers& mine, const ActivationRows& rows) const;
@@ -67,7 +71,7 @@ class ForwardPass {
   const bool few_rows_;
   ActivationRows shared_tokens_;
   ActivationRows shared_rows_;
-  float* intermediate_ = nullptr;   // [rows, intermediate stride]
+  float* intermediate_ = nullptr;  // [rows, intermediate stride]
   int64_t intermediate_stride_ = 0;
 };
 

@@ -7,31 +7,35 @@ namespace kt {
 
 void check_moe_config(const MoeConfig& config) {
   const auto positive = [&](const char* name, int value) {
-    KT_CHECK(value > 0, "layer " << config.layer_idx << ": " << name << " is " << value << "; it must be positive.");
+    KT_CHECK(value > 0, "layer " << config.layer_idx << ": " << name << " is " << value
+                                 << "; it must be positive.");
   };
   positive("num_experts", config.num_experts);
   positive("num_experts_per_tok", config.top_k);
   positive("hidden_size", config.hidden_size);
   positive("moe_intermediate_size", config.intermediate_size);
   KT_CHECK(config.top_k <= config.num_experts,
-           "layer " << config.layer_idx << ": num_experts_per_tok is " << config.top_k << ", more than the "
-                    << config.num_experts << " experts.");
+           "layer " << config.layer_idx << ": num_experts_per_tok is " << config.top_k
+                    << ", more than the " << config.num_experts << " experts.");
   // The activation loops and SIMD stores work on whole vectors of 16 columns.
   KT_CHECK(config.hidden_size % 16 == 0 && config.intermediate_size % 16 == 0,
-           "layer " << config.layer_idx << ": hidden_size " << config.hidden_size << " and moe_intermediate_size "
-                    << config.intermediate_size << " must be multiples of 16.");
+           "layer " << config.layer_idx << ": hidden_size " << config.hidden_size
+                    << " and moe_intermediate_size " << config.intermediate_size
+                    << " must be multiples of 16.");
   if (config.layout.code != DType::kBFloat16) {
     for (const int k : {config.hidden_size, config.intermediate_size}) {
       KT_CHECK(config.layout.padded_k(k) <= kMaxIntegerK,
-               "layer " << config.layer_idx << ": size " << k << " overflows the 32-bit sums of the integer kernels; "
+               "layer " << config.layer_idx << ": size " << k
+                        << " overflows the 32-bit sums of the integer kernels; "
                         << "the limit is " << kMaxIntegerK << ", use BF16.");
     }
   }
   int previous = -1;
   for (const int expert : config.expert_ids) {
     KT_CHECK(expert > previous && expert < config.num_experts,
-             "layer " << config.layer_idx << ": expert_ids must ascend within 0 to " << config.num_experts - 1
-                      << ", got " << expert << " after " << previous << ".");
+             "layer " << config.layer_idx << ": expert_ids must ascend within 0 to "
+                      << config.num_experts - 1 << ", got " << expert << " after " << previous
+                      << ".");
     previous = expert;
   }
 }

@@ -8,7 +8,7 @@
 namespace kt {
 
 struct MoeConfig {
-  int layer_idx = 0;            // for messages
+  int layer_idx = 0;  // for messages
   int num_experts = 0;
   int top_k = 0;
   int hidden_size = 0;

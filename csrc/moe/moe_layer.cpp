@@ -11,8 +11,9 @@
 namespace kt {
 namespace {
 
-// Tokens and rows (tokens x top_k) of one pass. They bound the scratch (rows x intermediate_size x 4 bytes: 268 MB for
-// DeepSeek-V3) while every expert still sees the 100-200 rows from which weights are read once for free.
+// Tokens and rows (tokens x top_k) of one pass. They bound the scratch (rows x intermediate_size x
+// 4 bytes: 268 MB for DeepSeek-V3) while every expert still sees the 100-200 rows from which
+// weights are read once for free.
 constexpr int kMaxPassTokens = 4096;
 constexpr int kMaxPassRows = 32768;
 
@@ -28,7 +29,8 @@ struct MoeLayer::Counters {
   std::atomic<uint64_t> busy_ns{0};
 };
 
-MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch, IsaSet isa)
+MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
+                   IsaSet isa)
     : store_(config, pool),
       pool_(pool),
       scratch_(std::move(scratch)),
@@ -40,10 +42,12 @@ MoeLayer::~MoeLayer() = default;
 
 void MoeLayer::check_routed_experts() const {
   for (const int expert : routing_.experts) {
-    KT_CHECK(store_.has(expert), "layer " << config().layer_idx << ": a token was routed to expert " << expert
-                                          << ", which is not on the CPU and not marked in gpu_experts_mask.");
-    KT_CHECK(store_.loaded(expert), "layer " << config().layer_idx << ": a token was routed to expert " << expert
-                                             << ", whose weights were never loaded; call load_weights first.");
+    KT_CHECK(store_.has(expert),
+             "layer " << config().layer_idx << ": a token was routed to expert " << expert
+                      << ", which is not on the CPU and not marked in gpu_experts_mask.");
+    KT_CHECK(store_.loaded(expert),
+             "layer " << config().layer_idx << ": a token was routed to expert " << expert
+                      << ", whose weights were never loaded; call load_weights first.");
   }
 }
 
@@ -59,12 +63,13 @@ void MoeLayer::forward(const MoeInput& input) {
     const int64_t skipped_ids = int64_t{first} * input.top_k;
     const int64_t skipped_bytes = int64_t{first} * hidden_size * bytes_of(input.dtype);
     pass.hidden_states = static_cast<const uint8_t*>(input.hidden_states) + skipped_bytes;
-    pass.topk_ids = static_cast<const uint8_t*>(input.topk_ids) + skipped_ids * bytes_of(input.id_dtype);
+    pass.topk_ids =
+        static_cast<const uint8_t*>(input.topk_ids) + skipped_ids * bytes_of(input.id_dtype);
     pass.topk_weights = input.topk_weights + skipped_ids;
     pass.output = static_cast<uint8_t*>(input.output) + skipped_bytes;
     try {
-      route(pass.topk_ids, pass.id_dtype, pass.topk_weights, pass.num_tokens, pass.top_k, config().num_experts,
-            pass.skip, routing_);
+      route(pass.topk_ids, pass.id_dtype, pass.topk_weights, pass.num_tokens, pass.top_k,
+            config().num_experts, pass.skip, routing_);
     } catch (const Error& error) {
       KT_CHECK(false, "layer " << config().layer_idx << ": " << error.what());
     }
@@ -76,7 +81,8 @@ void MoeLayer::forward(const MoeInput& input) {
     ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass).run();
     rows += routing_.num_rows();
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
-      weight_bytes += routing_.experts.size() * store_.num_panels(projection) * store_.panel_bytes(projection);
+      weight_bytes +=
+          routing_.experts.size() * store_.num_panels(projection) * store_.panel_bytes(projection);
     }
   }
   const auto elapsed = std::chrono::steady_clock::now() - start;
@@ -84,8 +90,9 @@ void MoeLayer::forward(const MoeInput& input) {
   counters_->tokens.fetch_add(input.num_tokens, std::memory_order_relaxed);
   counters_->rows.fetch_add(rows, std::memory_order_relaxed);
   counters_->weight_bytes.fetch_add(weight_bytes, std::memory_order_relaxed);
-  counters_->busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count(),
-                               std::memory_order_relaxed);
+  counters_->busy_ns.fetch_add(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count(),
+      std::memory_order_relaxed);
 }
 
 MoeCounters MoeLayer::counters() const {

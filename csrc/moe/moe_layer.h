@@ -1,4 +1,5 @@
-// One MoE layer on one machine, synchronous: routing, per-expert choice of kernel, phases on the pool.
+// One MoE layer on one machine, synchronous: routing, per-expert choice of kernel, phases on the
+// pool.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace kt {
 
-// One forward. hidden_states and output [num_tokens, hidden_size] in `dtype` (kBFloat16, kFloat16 or kFloat32),
-// topk_ids and topk_weights as in route().
+// One forward. hidden_states and output [num_tokens, hidden_size] in `dtype` (kBFloat16, kFloat16
+// or kFloat32), topk_ids and topk_weights as in route().
 struct MoeInput {
   const void* hidden_states = nullptr;
   DType dtype = DType::kBFloat16;
@@ -22,7 +23,7 @@ struct MoeInput {
   const float* topk_weights = nullptr;
   int num_tokens = 0;
   int top_k = 0;
-  const uint8_t* skip = nullptr;   // [num_experts], experts computed elsewhere; may be null
+  const uint8_t* skip = nullptr;  // [num_experts], experts computed elsewhere; may be null
   void* output = nullptr;
 };
 
@@ -30,31 +31,34 @@ struct MoeInput {
 struct MoeCounters {
   uint64_t forwards = 0;
   uint64_t tokens = 0;
-  uint64_t rows = 0;             // (token, expert) pairs computed
-  uint64_t weight_bytes = 0;     // packed bytes of the distinct experts of each forward
-  uint64_t busy_ns = 0;          // wall time inside forward()
+  uint64_t rows = 0;          // (token, expert) pairs computed
+  uint64_t weight_bytes = 0;  // packed bytes of the distinct experts of each forward
+  uint64_t busy_ns = 0;       // wall time inside forward()
 };
 
 // output[t] = sum over slots s with topk_ids[t, s] here, in ascending (expert, slot) order:
 //               topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)
 //
-// Bits     the same input gives the same output for any thread and node count; for integer layouts for any batch
+// Bits     the same input gives the same output for any thread and node count; for integer layouts
+// for any batch
 //          composition too.
 // Errors   kt::Error naming the layer: ids out of range, an expert that was not loaded.
 // Threads  forward() by one thread at a time (the CPU stream's); counters() from any.
-// Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch is cut into passes of at
+// Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch is
+// cut into passes of at
 //          most 4096 tokens and 32768 rows.
 class MoeScratch;
 class MoeLayer {
  public:
-  MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch, IsaSet isa);
+  MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
+           IsaSet isa);
   ~MoeLayer();
 
   const MoeConfig& config() const { return store_.config(); }
   ExpertStore& store() { return store_; }
   void forward(const MoeInput& input);
   MoeCounters counters() const;
-  std::string explain() const;   // the kernels in use
+  std::string explain() const;  // the kernels in use
 
  private:
   struct Counters;

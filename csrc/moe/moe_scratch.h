@@ -1,4 +1,5 @@
-// Buffers of a forward, reused by all layers of a pool. Grow only; never touched by two forwards at once.
+// Buffers of a forward, reused by all layers of a pool. Grow only; never touched by two forwards at
+// once.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ class GrowingBuffer {
   // At least `bytes` bytes, on `node_id` (-1: anywhere).
   uint8_t* reserve(int64_t bytes, int node_id = -1) {
     if (static_cast<int64_t>(arena_.size()) < bytes) {
-      // An eighth more than asked: batches that grow by a row each would map, and fault in, everything anew each time.
+      // An eighth more than asked: batches that grow by a row each would map, and fault in,
+      // everything anew each time.
       const int64_t grown = round_up(bytes + bytes / 8, kHugePage);
       arena_ = NumaArena();  // free first: two generations never stand side by side
       arena_ = NumaArena(grown, node_id);
@@ -33,10 +35,11 @@ class GrowingBuffer {
 
 class MoeScratch {
  public:
-  GrowingBuffer tokens;         // quantized hidden states of all tokens, scales, group sums
-  GrowingBuffer intermediate;   // fp32 rows after SiLU and multiply
-  GrowingBuffer rows;           // the same, quantized, with scales and group sums
-  std::vector<GrowingBuffer> workers;  // by worker: tile, output columns, expanded panel, row buffers
+  GrowingBuffer tokens;        // quantized hidden states of all tokens, scales, group sums
+  GrowingBuffer intermediate;  // fp32 rows after SiLU and multiply
+  GrowingBuffer rows;          // the same, quantized, with scales and group sums
+  std::vector<GrowingBuffer>
+      workers;  // by worker: tile, output columns, expanded panel, row buffers
   std::vector<std::unique_ptr<WorkSplit>> w13_splits;  // by node
   std::vector<std::unique_ptr<WorkSplit>> w2_splits;
 

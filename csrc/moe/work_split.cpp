@@ -9,7 +9,8 @@ void WorkSplit::reset(const std::vector<int64_t>& costs, int64_t panels, int wor
   workers_ = workers;
   cost_before_.resize(costs.size() + 1);
   cost_before_[0] = 0;
-  for (size_t i = 0; i < costs.size(); ++i) cost_before_[i + 1] = cost_before_[i] + costs[i] * panels;
+  for (size_t i = 0; i < costs.size(); ++i)
+    cost_before_[i + 1] = cost_before_[i] + costs[i] * panels;
   num_units_ = static_cast<int64_t>(costs.size()) * panels;
   const int64_t total = cost_before_.back();
   static_cost_ = workers == 1 ? total : total - total / kTailDivisor;
@@ -26,7 +27,8 @@ int64_t WorkSplit::unit_at_cost(int64_t cost) const {
 }
 
 IndexRange WorkSplit::static_units(int worker) const {
-  return {unit_at_cost(static_cost_ * worker / workers_), unit_at_cost(static_cost_ * (worker + 1) / workers_)};
+  return {unit_at_cost(static_cost_ * worker / workers_),
+          unit_at_cost(static_cost_ * (worker + 1) / workers_)};
 }
 
 int64_t WorkSplit::next_tail_unit() {

@@ -11,8 +11,9 @@ namespace kt {
 
 // Units are (item, panel) pairs in item-major order; all panels of an item cost the same.
 //
-// All but 1 / kTailDivisor of the cost is cut into contiguous ranges, one a worker, so that each worker's weights are one
-// ascending stream; the rest is taken unit by unit from a counter, which absorbs noise and unequal cores.
+// All but 1 / kTailDivisor of the cost is cut into contiguous ranges, one a worker, so that each
+// worker's weights are one ascending stream; the rest is taken unit by unit from a counter, which
+// absorbs noise and unequal cores.
 class WorkSplit {
  public:
   // costs[i] > 0: cost of one panel of item i.
@@ -30,10 +31,12 @@ class WorkSplit {
  private:
   int64_t unit_at_cost(int64_t cost) const;
 
-  // 1/8 left to the tail, enough for the noise of a shared host. One unit is then the largest imbalance.
+  // 1/8 left to the tail, enough for the noise of a shared host. One unit is then the largest
+  // imbalance.
   static constexpr int64_t kTailDivisor = 8;
 
-  std::vector<int64_t> cost_before_;  // by item: cost of all panels of earlier items; one more entry: the total
+  std::vector<int64_t>
+      cost_before_;  // by item: cost of all panels of earlier items; one more entry: the total
   int64_t panels_ = 1;
   int64_t num_units_ = 0;
   int64_t static_cost_ = 0;

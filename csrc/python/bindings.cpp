@@ -96,8 +96,8 @@ py::dict layout_dict(const std::string& name, int64_t n, int64_t k) {
   return out;
 }
 
-// A layer under its handle: closed when the Python object goes. The pointer is read and changed under the GIL only; who
-// works on the layer without the GIL holds a pointer of its own.
+// A layer under its handle: closed when the Python object goes. The pointer is read and changed
+// under the GIL only; who works on the layer without the GIL holds a pointer of its own.
 class LayerHandle {
  public:
   LayerHandle(const std::shared_ptr<Engine>& engine, const MoeConfig& config)
@@ -124,8 +124,9 @@ class LayerHandle {
   int64_t handle_;
 };
 
-std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, int layer_idx, int num_experts,
-                                        int top_k, int hidden_size, int intermediate_size, const std::string& layout,
+std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, int layer_idx,
+                                        int num_experts, int top_k, int hidden_size,
+                                        int intermediate_size, const std::string& layout,
                                         const std::vector<int>& expert_ids) {
   MoeConfig config;
   config.layer_idx = layer_idx;
@@ -173,15 +174,19 @@ py::dict pages_dict(const LayerHandle& handle) {
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "A worker pool and the in-order stream that feeds it.")
-      .def(py::init<int, int, const std::vector<int>&>(), py::arg("num_threads") = 0, py::arg("num_nodes") = 0,
-           py::arg("node_ids") = std::vector<int>{}, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("num_threads", [](Engine& engine) { return engine.pool().num_threads(); })
+  py::class_<Engine, std::shared_ptr<Engine>>(
+      m, "Engine", "A worker pool and the in-order stream that feeds it.")
+      .def(py::init<int, int, const std::vector<int>&>(), py::arg("num_threads") = 0,
+           py::arg("num_nodes") = 0, py::arg("node_ids") = std::vector<int>{},
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_threads",
+                             [](Engine& engine) { return engine.pool().num_threads(); })
       .def_property_readonly("num_nodes", [](Engine& engine) { return engine.pool().num_nodes(); })
       .def_property_readonly("node_ids",
                              [](Engine& engine) {
                                std::vector<int> ids;
-                               for (const auto& node : engine.pool().plan().nodes) ids.push_back(node.id);
+                               for (const auto& node : engine.pool().plan().nodes)
+                                 ids.push_back(node.id);
                                return ids;
                              })
       .def_property_readonly("cpus",
@@ -193,18 +198,24 @@ void bind_engine(py::module_& m) {
                                return cpus;
                              })
       .def("probe_dispatch", &probe_dispatch, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("scratch_bytes", [](Engine& engine) { return engine.scratch()->bytes(); })
+      .def_property_readonly("scratch_bytes",
+                             [](Engine& engine) { return engine.scratch()->bytes(); })
       .def_property_readonly("warnings", &Engine::warnings);
 }
 
 void bind_layer(py::module_& m) {
-  py::class_<LayerHandle>(m, "Layer", "One MoE layer: packed experts and the kernels chosen for them.")
-      .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"), py::arg("top_k"),
-           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("layout"), py::arg("expert_ids"))
+  py::class_<LayerHandle>(m, "Layer",
+                          "One MoE layer: packed experts and the kernels chosen for them.")
+      .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"),
+           py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("layout"), py::arg("expert_ids"))
       .def_property_readonly("handle", &LayerHandle::handle)
-      .def_property_readonly("bytes", [](const LayerHandle& layer) { return layer.layer().store().bytes(); })
-      .def_property_readonly("loaded", [](const LayerHandle& layer) { return layer.layer().store().all_loaded(); })
-      .def_property_readonly("explain", [](const LayerHandle& layer) { return layer.layer().explain(); })
+      .def_property_readonly("bytes",
+                             [](const LayerHandle& layer) { return layer.layer().store().bytes(); })
+      .def_property_readonly(
+          "loaded", [](const LayerHandle& layer) { return layer.layer().store().all_loaded(); })
+      .def_property_readonly("explain",
+                             [](const LayerHandle& layer) { return layer.layer().explain(); })
       .def("counters", &counters_dict)
       .def("pages", &pages_dict)
       .def("probe_read", &probe_read_of)

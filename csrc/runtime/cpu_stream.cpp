@@ -39,9 +39,9 @@ struct CpuStream::State {
   std::map<uint64_t, std::exception_ptr> errors;  // guarded by mutex
   uint64_t num_submitted = 0;                     // guarded by mutex
   bool stopping = false;                          // guarded by mutex
-  ParkingWord started;  // once: thread_start has returned
-  ParkingWord work;     // a job was queued, or stopping
-  ParkingWord done;     // a job is done
+  ParkingWord started;                            // once: thread_start has returned
+  ParkingWord work;                               // a job was queued, or stopping
+  ParkingWord done;                               // a job is done
   std::atomic<uint64_t> num_completed{0};
   std::atomic<std::thread::id> runner{};  // the thread a job runs on now
   std::thread thread;

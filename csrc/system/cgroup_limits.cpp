@@ -92,9 +92,8 @@ class Reader {
     if (!ids) {
       ids = list;
     } else {
-      std::erase_if(*ids, [&](int id) {
-        return !std::binary_search(list->begin(), list->end(), id);
-      });
+      std::erase_if(*ids,
+                    [&](int id) { return !std::binary_search(list->begin(), list->end(), id); });
     }
     return true;
   }
@@ -114,9 +113,8 @@ class Reader {
     limits_.memory_limit_bytes = std::min(*limit, limits_.memory_limit_bytes.value_or(*limit));
     const uint64_t usage = parse_number(read_line(folder + usage_name).value_or("")).value_or(0);
     const std::string stat = folder + "/memory.stat";
-    const uint64_t cache =
-        read_keyed_number(stat, stat_prefix + "inactive_file").value_or(0) +
-        read_keyed_number(stat, stat_prefix + "active_file").value_or(0);
+    const uint64_t cache = read_keyed_number(stat, stat_prefix + "inactive_file").value_or(0) +
+                           read_keyed_number(stat, stat_prefix + "active_file").value_or(0);
     const uint64_t used = usage - std::min(usage, cache);
     const uint64_t left = *limit - std::min(*limit, used);
     limits_.memory_left_bytes = std::min(left, limits_.memory_left_bytes.value_or(left));

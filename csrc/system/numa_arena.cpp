@@ -93,9 +93,9 @@ NumaArena::NumaArena(size_t bytes, int node_id) : size_(bytes), node_id_(node_id
   const size_t data_bytes = round_up(static_cast<int64_t>(bytes), static_cast<int64_t>(align));
   mapping_bytes_ = data_bytes + slack;
   void* mapping = mmap(nullptr, mapping_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  KT_CHECK(mapping != MAP_FAILED,
-           "Cannot map " << describe(bytes, node_id) << ": " << std::strerror(errno)
-                         << "; free memory or load fewer experts on the CPU.");
+  KT_CHECK(mapping != MAP_FAILED, "Cannot map "
+                                      << describe(bytes, node_id) << ": " << std::strerror(errno)
+                                      << "; free memory or load fewer experts on the CPU.");
   mapping_ = static_cast<uint8_t*>(mapping);
   const uintptr_t first = reinterpret_cast<uintptr_t>(mapping_) + page;
   data_ = mapping_ + (round_up(static_cast<int64_t>(first), static_cast<int64_t>(align)) -

@@ -9,16 +9,17 @@ namespace kt {
 
 // What /proc and move_pages say of an arena's pages.
 struct PageReport {
-  uint64_t bytes = 0;          // mapped
+  uint64_t bytes = 0;  // mapped
   uint64_t resident_bytes = 0;
-  uint64_t huge_bytes = 0;     // on transparent or hugetlb pages
-  uint64_t local_bytes = 0;    // on the asked node (equal to resident_bytes where it cannot be told)
+  uint64_t huge_bytes = 0;   // on transparent or hugetlb pages
+  uint64_t local_bytes = 0;  // on the asked node (equal to resident_bytes where it cannot be told)
 };
 
 // Owns one mapping; frees it all at once. Movable, not copyable. Thread-safe after construction.
 //
-// Pages are zero until written. The binding is a preference: a node that is full spills instead of failing.
-// Errors  kt::Error if the mapping itself is refused (names bytes and node). A refused mbind or madvise is
+// Pages are zero until written. The binding is a preference: a node that is full spills instead of
+// failing. Errors  kt::Error if the mapping itself is refused (names bytes and node). A refused
+// mbind or madvise is
 //         not an error: bound() and warning() tell.
 class NumaArena {
  public:

@@ -52,8 +52,8 @@ void spread(int count, const std::vector<int>& room, std::vector<int>& threads) 
     int best = -1;
     for (int i = 0; i < static_cast<int>(room.size()); ++i) {
       if (threads[i] >= room[i]) continue;
-      if (best < 0 || int64_t{room[i]} * (2 * threads[best] + 1) >
-                          int64_t{room[best]} * (2 * threads[i] + 1)) {
+      if (best < 0 ||
+          int64_t{room[i]} * (2 * threads[best] + 1) > int64_t{room[best]} * (2 * threads[i] + 1)) {
         best = i;
       }
     }
@@ -90,7 +90,8 @@ int PoolPlan::num_threads() const {
 
 PoolPlan plan_pool(const Topology& topology, int num_threads, int num_nodes,
                    const std::vector<int>& node_ids) {
-  KT_CHECK(num_threads >= 0, "The number of threads is " << num_threads
+  KT_CHECK(num_threads >= 0, "The number of threads is "
+                                 << num_threads
                                  << "; give 0 for all physical cores, or a positive number.");
   KT_CHECK(num_nodes >= 0, "The number of NUMA nodes is "
                                << num_nodes << "; give 0 for all nodes, or a positive number.");

@@ -138,8 +138,9 @@ void read_nodes(const std::string& root, const std::vector<int>& allowed_cpus,
     topology.nodes.push_back(std::move(node));
   }
   if (topology.nodes.empty()) {
-    topology.warnings.assign(1, "No NUMA node under " + folder + " has a CPU this process may use: "
-                                "the machine is treated as one node.");
+    topology.warnings.assign(1, "No NUMA node under " + folder +
+                                    " has a CPU this process may use: "
+                                    "the machine is treated as one node.");
     use_one_node(root, allowed_cpus, topology);
   } else if (!left.empty()) {
     topology.warnings.push_back(std::to_string(left.size()) + " CPUs from CPU " +
@@ -157,8 +158,8 @@ std::optional<std::vector<int>> read_allowed_mems(const std::string& root,
   const size_t at = status.find(kKey);
   if (at == std::string::npos) return cgroup.mems;
   const size_t begin = at + kKey.size();
-  const auto mems = parse_id_list(
-      std::string_view(status).substr(begin, status.find('\n', begin) - begin));
+  const auto mems =
+      parse_id_list(std::string_view(status).substr(begin, status.find('\n', begin) - begin));
   if (!mems || mems->empty()) return cgroup.mems;
   return cgroup.mems ? intersect(*mems, *cgroup.mems) : *mems;
 }

@@ -55,9 +55,9 @@ struct alignas(64) WorkerSlot {
   std::exception_ptr error;
 };
 
-// Rounding of a new process: to nearest, subnormals kept, no traps. Threads inherit their creator's,
-// which -ffast-math libraries and torch.set_flush_denormal() change, and the bits of a result must
-// not depend on who computes it.
+// Rounding of a new process: to nearest, subnormals kept, no traps. Threads inherit their
+// creator's, which -ffast-math libraries and torch.set_flush_denormal() change, and the bits of a
+// result must not depend on who computes it.
 constexpr unsigned kDefaultRounding = 0x1f80;
 
 // Gives the calling thread the default rounding while it lives, then what it had.
@@ -77,8 +77,9 @@ int read_spin_env() {
   if (text == nullptr || *text == '\0') return -1;
   const std::optional<uint64_t> value = parse_number(text);
   KT_CHECK(value && *value <= 1000000,
-           "KT_SPIN_US=\"" << text << "\" is no number of microseconds from 0 to 1000000; unset it "
-                                      "for the default.");
+           "KT_SPIN_US=\"" << text
+                           << "\" is no number of microseconds from 0 to 1000000; unset it "
+                              "for the default.");
   return static_cast<int>(*value);
 }
 
@@ -292,8 +293,9 @@ void WorkerPool::State::rethrow_error() {
 WorkerPool::WorkerPool(const PoolPlan& plan, const WorkerPoolOptions& options)
     : state_(std::make_unique<State>(plan)) {
   for (const PoolPlan::Node& node : plan.nodes) {
-    KT_CHECK(!node.cpus.empty(), "NUMA node " << node.id << " of the pool has no thread; leave it "
-                                                            "out of the plan.");
+    KT_CHECK(!node.cpus.empty(), "NUMA node " << node.id
+                                              << " of the pool has no thread; leave it "
+                                                 "out of the plan.");
   }
   KT_CHECK(!plan.nodes.empty(), "The pool has no thread; plan at least one.");
   const int forced = read_spin_env();

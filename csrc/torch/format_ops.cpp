@@ -1,5 +1,5 @@
-// torch.ops.kt_kernel, the operators on packed weights: quantize, pack and their inverses. They need no layer and no pool;
-// the caller may run them on threads of its own.
+// torch.ops.kt_kernel, the operators on packed weights: quantize, pack and their inverses. They
+// need no layer and no pool; the caller may run them on threads of its own.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,12 +19,14 @@ at::Tensor error_tensor(const QuantizationError& error) {
 
 // Quantizes `panels` panels whose rows panel_rows(p) gives.
 template <typename PanelRowsOf>
-Packed quantize_panels(const PackedLayout& layout, int64_t panels, int64_t k, PanelRowsOf&& panel_rows) {
+Packed quantize_panels(const PackedLayout& layout, int64_t panels, int64_t k,
+                       PanelRowsOf&& panel_rows) {
   at::Tensor packed = at::empty({panels * layout.panel_bytes(k)}, at::kByte);
   QuantizationError total;
   for (int64_t p = 0; p < panels; ++p) {
     QuantizationError error;
-    quantize_panel(layout, panel_rows(p), packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k), &error);
+    quantize_panel(layout, panel_rows(p),
+                   packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k), &error);
     total.error += error.error;
     total.signal += error.signal;
   }
@@ -34,7 +36,8 @@ Packed quantize_panels(const PackedLayout& layout, int64_t panels, int64_t k, Pa
 void check_matrix(const at::Tensor& w, const char* name) {
   check_cpu(w, name);
   float_dtype(w, name);
-  KT_CHECK(w.dim() == 2, name << " has shape " << w.sizes() << "; it must be [out_features, in_features].");
+  KT_CHECK(w.dim() == 2,
+           name << " has shape " << w.sizes() << "; it must be [out_features, in_features].");
 }
 
 Packed quantize_pack(const at::Tensor& w, c10::string_view layout_name) {
@@ -48,7 +51,8 @@ Packed quantize_pack(const at::Tensor& w, c10::string_view layout_name) {
   });
 }
 
-Packed quantize_pack_w13(const at::Tensor& gate, const at::Tensor& up, c10::string_view layout_name) {
+Packed quantize_pack_w13(const at::Tensor& gate, const at::Tensor& up,
+                         c10::string_view layout_name) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   check_matrix(gate, "gate");
   check_shape(up, gate.sizes(), "up");
@@ -58,23 +62,27 @@ Packed quantize_pack_w13(const at::Tensor& gate, const at::Tensor& up, c10::stri
   const at::Tensor up_rows = up.contiguous();
   const int64_t k = gate.size(1);
   return quantize_panels(layout, num_w13_panels(gate.size(0)), k, [&](int64_t p) {
-    return w13_panel_rows(gate_rows.const_data_ptr(), up_rows.const_data_ptr(), float_dtype(gate_rows, "gate"),
-                          gate.size(0), k, p);
+    return w13_panel_rows(gate_rows.const_data_ptr(), up_rows.const_data_ptr(),
+                          float_dtype(gate_rows, "gate"), gate.size(0), k, p);
   });
 }
 
-const uint8_t* check_packed(const at::Tensor& packed, const PackedLayout& layout, int64_t panels, int64_t k) {
+const uint8_t* check_packed(const at::Tensor& packed, const PackedLayout& layout, int64_t panels,
+                            int64_t k) {
   check_cpu(packed, "packed");
   KT_CHECK(panels > 0, "intermediate_size must be positive.");
   const int64_t bytes = layout.matrix_bytes(panels * 64, k);
   KT_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.numel() == bytes,
-           "packed is " << packed.numel() << " elements of " << c10::toString(packed.scalar_type()) << "; "
-                        << layout.name() << " needs " << bytes << " contiguous bytes (uint8).");
+           "packed is " << packed.numel() << " elements of " << c10::toString(packed.scalar_type())
+                        << "; " << layout.name() << " needs " << bytes
+                        << " contiguous bytes (uint8).");
   return packed.const_data_ptr<uint8_t>();
 }
 
-// codes [n, padded_k] (int8, or bf16 for a bf16 layout) and scales [n, groups] fp32, padded to whole panels by zeros.
-at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_view layout_name, int64_t k) {
+// codes [n, padded_k] (int8, or bf16 for a bf16 layout) and scales [n, groups] fp32, padded to
+// whole panels by zeros.
+at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_view layout_name,
+                int64_t k) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const bool is_bf16 = layout.code == DType::kBFloat16;
   check_cpu(codes, "codes");
@@ -82,7 +90,8 @@ at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_v
   const at::ScalarType code_type = is_bf16 ? at::kBFloat16 : at::kChar;
   const int64_t n = codes.size(0);
   check_shape(codes, {n, layout.padded_k(k)}, "codes");
-  KT_CHECK(codes.scalar_type() == code_type, "codes is " << c10::toString(codes.scalar_type()) << "; it must be "
+  KT_CHECK(codes.scalar_type() == code_type, "codes is " << c10::toString(codes.scalar_type())
+                                                         << "; it must be "
                                                          << c10::toString(code_type) << ".");
   if (!is_bf16) check_shape(scales, {n, layout.num_groups(k)}, "scales");
 
@@ -93,9 +102,11 @@ at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_v
   if (!is_bf16) all_scales.narrow(0, 0, n).copy_(scales);
   at::Tensor packed = at::empty({panels * layout.panel_bytes(k)}, at::kByte);
   for (int64_t p = 0; p < panels; ++p) {
-    const auto* panel_codes = static_cast<const uint8_t*>(all_codes.const_data_ptr()) +
-                              p * 64 * layout.padded_k(k) * static_cast<int64_t>(codes.element_size());
-    pack_panel(layout, k, panel_codes, all_scales.const_data_ptr<float>() + p * 64 * layout.num_groups(k),
+    const auto* panel_codes =
+        static_cast<const uint8_t*>(all_codes.const_data_ptr()) +
+        p * 64 * layout.padded_k(k) * static_cast<int64_t>(codes.element_size());
+    pack_panel(layout, k, panel_codes,
+               all_scales.const_data_ptr<float>() + p * 64 * layout.num_groups(k),
                packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k));
   }
   return packed;
@@ -106,7 +117,8 @@ Packed unpack(const at::Tensor& packed, c10::string_view layout_name, int64_t n,
   const int64_t panels = layout.num_panels(n);
   const uint8_t* bytes = check_packed(packed, layout, panels, k);
   const bool is_bf16 = layout.code == DType::kBFloat16;
-  at::Tensor codes = at::empty({panels * 64, layout.padded_k(k)}, is_bf16 ? at::kBFloat16 : at::kChar);
+  at::Tensor codes =
+      at::empty({panels * 64, layout.padded_k(k)}, is_bf16 ? at::kBFloat16 : at::kChar);
   at::Tensor scales = at::zeros({panels * 64, layout.num_groups(k)}, at::kFloat);
   for (int64_t p = 0; p < panels; ++p) {
     auto* panel_codes = static_cast<uint8_t*>(codes.mutable_data_ptr()) +
@@ -118,25 +130,31 @@ Packed unpack(const at::Tensor& packed, c10::string_view layout_name, int64_t n,
 }
 
 // All columns of all panels, [panels * 64, k] fp32.
-at::Tensor dequantize_panels(const PackedLayout& layout, const uint8_t* bytes, int64_t panels, int64_t k) {
+at::Tensor dequantize_panels(const PackedLayout& layout, const uint8_t* bytes, int64_t panels,
+                             int64_t k) {
   at::Tensor w = at::empty({panels * 64, k}, at::kFloat);
   for (int64_t p = 0; p < panels; ++p) {
-    dequantize_panel(layout, k, bytes + p * layout.panel_bytes(k), w.mutable_data_ptr<float>() + p * 64 * k);
+    dequantize_panel(layout, k, bytes + p * layout.panel_bytes(k),
+                     w.mutable_data_ptr<float>() + p * 64 * k);
   }
   return w;
 }
 
-at::Tensor dequantize(const at::Tensor& packed, c10::string_view layout_name, int64_t n, int64_t k) {
+at::Tensor dequantize(const at::Tensor& packed, c10::string_view layout_name, int64_t n,
+                      int64_t k) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const int64_t panels = layout.num_panels(n);
-  return dequantize_panels(layout, check_packed(packed, layout, panels, k), panels, k).narrow(0, 0, n).clone();
+  return dequantize_panels(layout, check_packed(packed, layout, panels, k), panels, k)
+      .narrow(0, 0, n)
+      .clone();
 }
 
-Packed dequantize_w13(const at::Tensor& packed, c10::string_view layout_name, int64_t intermediate_size, int64_t k) {
+Packed dequantize_w13(const at::Tensor& packed, c10::string_view layout_name,
+                      int64_t intermediate_size, int64_t k) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const int64_t panels = num_w13_panels(intermediate_size);
-  const at::Tensor w =
-      dequantize_panels(layout, check_packed(packed, layout, panels, k), panels, k).reshape({panels, 2, 32, k});
+  const at::Tensor w = dequantize_panels(layout, check_packed(packed, layout, panels, k), panels, k)
+                           .reshape({panels, 2, 32, k});
   const auto half = [&](int64_t which) {
     return w.select(1, which).reshape({panels * 32, k}).narrow(0, 0, intermediate_size).clone();
   };
@@ -151,8 +169,7 @@ TORCH_LIBRARY_FRAGMENT(kt_kernel, m) {
         kt::composite(&kt::quantize_pack));
   m.def("quantize_pack_w13(Tensor gate, Tensor up, str layout) -> (Tensor, Tensor)",
         kt::composite(&kt::quantize_pack_w13));
-  m.def("pack(Tensor codes, Tensor scales, str layout, int k) -> Tensor",
-        kt::composite(&kt::pack));
+  m.def("pack(Tensor codes, Tensor scales, str layout, int k) -> Tensor", kt::composite(&kt::pack));
   m.def("unpack(Tensor packed, str layout, int n, int k) -> (Tensor, Tensor)",
         kt::composite(&kt::unpack));
   m.def("dequantize(Tensor packed, str layout, int n, int k) -> Tensor",

@@ -27,13 +27,15 @@ struct ForwardTensors {
     in.topk_weights = topk_weights.const_data_ptr<float>();
     in.num_tokens = static_cast<int>(hidden_states.size(0));
     in.top_k = static_cast<int>(topk_ids.size(1));
-    in.skip = skip.defined() ? reinterpret_cast<const uint8_t*>(skip.const_data_ptr<bool>()) : nullptr;
+    in.skip =
+        skip.defined() ? reinterpret_cast<const uint8_t*>(skip.const_data_ptr<bool>()) : nullptr;
     in.output = output.mutable_data_ptr();
     return in;
   }
 };
 
-// `own`: copy what would otherwise alias the caller's tensors (the caller may change them after submit).
+// `own`: copy what would otherwise alias the caller's tensors (the caller may change them after
+// submit).
 ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
                              const at::Tensor& topk_weights, const std::optional<at::Tensor>& skip,
                              const MoeConfig& config, bool own) {
@@ -43,19 +45,22 @@ ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& 
   ForwardTensors tensors;
   tensors.dtype = float_dtype(hidden_states, "hidden_states");
   KT_CHECK(hidden_states.dim() == 2 && hidden_states.size(1) == config.hidden_size,
-           "hidden_states has shape " << hidden_states.sizes() << "; it must be [num_tokens, " << config.hidden_size
-                                      << "].");
+           "hidden_states has shape " << hidden_states.sizes() << "; it must be [num_tokens, "
+                                      << config.hidden_size << "].");
   KT_CHECK(topk_ids.dim() == 2 && topk_ids.size(0) == hidden_states.size(0),
-           "topk_ids has shape " << topk_ids.sizes() << "; it must be [" << hidden_states.size(0) << ", top_k].");
-  KT_CHECK(topk_ids.size(1) <= config.top_k, "topk_ids names " << topk_ids.size(1) << " experts a token; layer "
-                                                               << config.layer_idx << " was made for "
-                                                               << config.top_k << ".");
-  KT_CHECK(at::isIntegralType(topk_ids.scalar_type(), /*includeBool=*/false),
-           "topk_ids is " << c10::toString(topk_ids.scalar_type()) << "; it must be an integer type.");
+           "topk_ids has shape " << topk_ids.sizes() << "; it must be [" << hidden_states.size(0)
+                                 << ", top_k].");
+  KT_CHECK(topk_ids.size(1) <= config.top_k,
+           "topk_ids names " << topk_ids.size(1) << " experts a token; layer " << config.layer_idx
+                             << " was made for " << config.top_k << ".");
+  KT_CHECK(
+      at::isIntegralType(topk_ids.scalar_type(), /*includeBool=*/false),
+      "topk_ids is " << c10::toString(topk_ids.scalar_type()) << "; it must be an integer type.");
   check_shape(topk_weights, topk_ids.sizes(), "topk_weights");
   float_dtype(topk_weights, "topk_weights");
-  KT_CHECK(hidden_states.size(0) <= INT32_MAX / std::max(config.top_k, 1),
-           "hidden_states has " << hidden_states.size(0) << " tokens, more than one call can take.");
+  KT_CHECK(
+      hidden_states.size(0) <= INT32_MAX / std::max(config.top_k, 1),
+      "hidden_states has " << hidden_states.size(0) << " tokens, more than one call can take.");
 
   const auto taken = [own](const at::Tensor& tensor, at::ScalarType dtype) {
     return tensor.to(dtype, /*non_blocking=*/false, /*copy=*/own).contiguous();
@@ -66,30 +71,34 @@ ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& 
   if (skip.has_value()) {
     check_cpu(*skip, "skip");
     check_shape(*skip, {config.num_experts}, "skip");
-    KT_CHECK(skip->scalar_type() == at::kBool, "skip is " << c10::toString(skip->scalar_type())
-                                                          << "; it must be bool.");
+    KT_CHECK(skip->scalar_type() == at::kBool,
+             "skip is " << c10::toString(skip->scalar_type()) << "; it must be bool.");
     tensors.skip = taken(*skip, at::kBool);
   }
-  tensors.output = at::empty(hidden_states.sizes(), hidden_states.options().memory_format(at::MemoryFormat::Contiguous));
+  tensors.output = at::empty(hidden_states.sizes(),
+                             hidden_states.options().memory_format(at::MemoryFormat::Contiguous));
   return tensors;
 }
 
-at::Tensor moe_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                       const std::optional<at::Tensor>& skip, int64_t layer) {
+at::Tensor moe_forward(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
+                       const at::Tensor& topk_weights, const std::optional<at::Tensor>& skip,
+                       int64_t layer) {
   const std::shared_ptr<EngineLayer> target = find_layer(layer);
-  const ForwardTensors tensors =
-      check_forward(hidden_states, topk_ids, topk_weights, skip, target->layer.config(), /*own=*/false);
+  const ForwardTensors tensors = check_forward(hidden_states, topk_ids, topk_weights, skip,
+                                               target->layer.config(), /*own=*/false);
   target->engine->run([&] { target->layer.forward(tensors.input()); });
   return tensors.output;
 }
 
-at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                  const std::optional<at::Tensor>& skip, int64_t layer) {
+at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
+                  const at::Tensor& topk_weights, const std::optional<at::Tensor>& skip,
+                  int64_t layer) {
   std::shared_ptr<EngineLayer> target = find_layer(layer);
-  ForwardTensors tensors =
-      check_forward(hidden_states, topk_ids, topk_weights, skip, target->layer.config(), /*own=*/true);
+  ForwardTensors tensors = check_forward(hidden_states, topk_ids, topk_weights, skip,
+                                         target->layer.config(), /*own=*/true);
   const at::Tensor output = tensors.output;
-  MoeLayer* const moe_layer = &target->layer;  // the pending entry keeps it alive, and close_layer waits for the job
+  MoeLayer* const moe_layer =
+      &target->layer;  // the pending entry keeps it alive, and close_layer waits for the job
   const uint64_t stream_ticket = target->engine->stream().submit(
       [moe_layer, tensors = std::move(tensors)] { moe_layer->forward(tensors.input()); });
   const int64_t ticket = add_pending({std::move(target), stream_ticket, output});
@@ -97,25 +106,28 @@ at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids, c
 }
 
 at::Tensor sync(const at::Tensor& ticket, const at::Tensor& hidden_states) {
-  KT_CHECK(ticket.numel() == 1 && ticket.scalar_type() == at::kLong, "ticket must be the tensor that submit returned.");
+  KT_CHECK(ticket.numel() == 1 && ticket.scalar_type() == at::kLong,
+           "ticket must be the tensor that submit returned.");
   const PendingForward pending = take_pending(ticket.item<int64_t>());
   pending.layer->engine->stream().wait(pending.stream_ticket);
   const at::Tensor output = std::any_cast<at::Tensor>(pending.output);
   KT_CHECK(output.sizes() == hidden_states.sizes(),
-           "sync was given hidden_states of shape " << hidden_states.sizes() << ", but submit had " << output.sizes()
-                                                    << ".");
+           "sync was given hidden_states of shape " << hidden_states.sizes() << ", but submit had "
+                                                    << output.sizes() << ".");
   return output;
 }
 
 // Layers count experts in int: an id that does not fit must not become another one.
 int expert_id(int64_t expert) {
-  KT_CHECK(expert >= 0 && expert <= INT32_MAX, "expert " << expert << " is no expert id; ids are 0 to num_experts - 1.");
+  KT_CHECK(expert >= 0 && expert <= INT32_MAX,
+           "expert " << expert << " is no expert id; ids are 0 to num_experts - 1.");
   return static_cast<int>(expert);
 }
 
 std::vector<int> expert_list(at::IntArrayRef experts, at::TensorList first, at::TensorList second) {
   KT_CHECK(experts.size() == first.size() && experts.size() == second.size(),
-           "got " << experts.size() << " experts, but " << first.size() << " and " << second.size() << " tensors.");
+           "got " << experts.size() << " experts, but " << first.size() << " and " << second.size()
+                  << " tensors.");
   std::vector<int> ids;
   for (const int64_t expert : experts) ids.push_back(expert_id(expert));
   return ids;
@@ -134,7 +146,8 @@ void load_experts(int64_t layer, at::IntArrayRef experts, at::TensorList gate, a
     const auto take = [&](const at::Tensor& tensor, const char* name, int rows, int columns) {
       check_cpu(tensor, name);
       check_shape(tensor, {rows, columns}, name);
-      KT_CHECK(float_dtype(tensor, name) == dtype, "gate, up and down of expert " << ids[i] << " differ in dtype.");
+      KT_CHECK(float_dtype(tensor, name) == dtype,
+               "gate, up and down of expert " << ids[i] << " differ in dtype.");
       alive.push_back(tensor.contiguous());
       return alive.back().const_data_ptr();
     };
@@ -149,8 +162,9 @@ void load_experts(int64_t layer, at::IntArrayRef experts, at::TensorList gate, a
 const uint8_t* packed_data(const at::Tensor& packed, int64_t bytes, const char* name) {
   check_cpu(packed, name);
   KT_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.numel() == bytes,
-           name << " is " << packed.numel() << " elements of " << c10::toString(packed.scalar_type())
-                << "; it must be " << bytes << " contiguous bytes (uint8).");
+           name << " is " << packed.numel() << " elements of "
+                << c10::toString(packed.scalar_type()) << "; it must be " << bytes
+                << " contiguous bytes (uint8).");
   return packed.const_data_ptr<uint8_t>();
 }
 
@@ -160,7 +174,9 @@ void load_packed(int64_t layer, at::IntArrayRef experts, at::TensorList w13, at:
   const std::vector<int> ids = expert_list(experts, w13, w2);
   std::vector<ExpertStore::Packed> sources;
   for (size_t i = 0; i < ids.size(); ++i) {
-    const auto bytes = [&](Projection projection) { return store.num_panels(projection) * store.panel_bytes(projection); };
+    const auto bytes = [&](Projection projection) {
+      return store.num_panels(projection) * store.panel_bytes(projection);
+    };
     sources.push_back({ids[i], packed_data(w13[i], bytes(Projection::kW13), "w13"),
                        packed_data(w2[i], bytes(Projection::kW2), "w2")});
   }
@@ -177,7 +193,8 @@ std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) 
   at::Tensor w2 = empty(Projection::kW2);
   // in the order of the stream: a load before it is whole
   target->engine->run([&] {
-    store.export_packed(expert_id(expert), w13.mutable_data_ptr<uint8_t>(), w2.mutable_data_ptr<uint8_t>());
+    store.export_packed(expert_id(expert), w13.mutable_data_ptr<uint8_t>(),
+                        w2.mutable_data_ptr<uint8_t>());
   });
   return {w13, w2};
 }
@@ -185,17 +202,18 @@ std::tuple<at::Tensor, at::Tensor> export_packed(int64_t layer, int64_t expert) 
 }  // namespace
 }  // namespace kt
 
-// submit gives a ticket that sync consumes: an operator without outputs that mutates nothing it declares would be
-// dropped by torch.compile.
+// submit gives a ticket that sync consumes: an operator without outputs that mutates nothing it
+// declares would be dropped by torch.compile.
 TORCH_LIBRARY(kt_kernel, m) {
   m.def(
-      "moe_forward(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
+      "moe_forward(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int "
+      "layer) -> Tensor",
       kt::composite(&kt::moe_forward));
   m.def(
-      "submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) -> Tensor",
+      "submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? skip, int layer) "
+      "-> Tensor",
       kt::composite(&kt::submit));
-  m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor",
-        kt::composite(&kt::sync));
+  m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor", kt::composite(&kt::sync));
   m.def("load_experts(int layer, int[] experts, Tensor[] gate, Tensor[] up, Tensor[] down) -> ()",
         kt::composite(&kt::load_experts));
   m.def("load_packed(int layer, int[] experts, Tensor[] w13, Tensor[] w2) -> ()",

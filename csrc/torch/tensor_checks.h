@@ -1,5 +1,5 @@
-// Checks of tensor arguments (each failure is one sentence with the name, the value got and the value wanted), and the
-// registration that makes them reachable.
+// Checks of tensor arguments (each failure is one sentence with the name, the value got and the
+// value wanted), and the registration that makes them reachable.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,19 +17,23 @@ inline DType float_dtype(const at::Tensor& tensor, const char* name) {
     case at::kHalf: return DType::kFloat16;
     default: break;
   }
-  KT_CHECK(false, name << " is " << c10::toString(tensor.scalar_type()) << "; it must be bf16, fp16 or fp32.");
+  KT_CHECK(false, name << " is " << c10::toString(tensor.scalar_type())
+                       << "; it must be bf16, fp16 or fp32.");
 }
 
 inline void check_cpu(const at::Tensor& tensor, const char* name) {
-  KT_CHECK(tensor.device().is_cpu(), name << " is on " << tensor.device().str() << "; it must be on the CPU.");
+  KT_CHECK(tensor.device().is_cpu(),
+           name << " is on " << tensor.device().str() << "; it must be on the CPU.");
 }
 
 inline void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name) {
-  KT_CHECK(tensor.sizes() == shape, name << " has shape " << tensor.sizes() << "; it must be " << shape << ".");
+  KT_CHECK(tensor.sizes() == shape,
+           name << " has shape " << tensor.sizes() << "; it must be " << shape << ".");
 }
 
-// Registers an operator for every device, without a derivative, so that a tensor on a wrong device meets our checks and
-// not a missing kernel; the fake implementations in kt_kernel/ops.py serve tracing.
+// Registers an operator for every device, without a derivative, so that a tensor on a wrong device
+// meets our checks and not a missing kernel; the fake implementations in kt_kernel/ops.py serve
+// tracing.
 template <typename Function>
 torch::CppFunction composite(Function* function) {
   return torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function);

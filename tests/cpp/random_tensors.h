@@ -37,9 +37,9 @@ struct LineAllocator {
   LineAllocator(const LineAllocator<Other>&) {
   }  // NOLINT(google-explicit-constructor): an allocator's conversion
   T* allocate(size_t count) {
-    return static_cast<T*>(::operator new (count * sizeof(T), std::align_val_t{64}));
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
   }
-  void deallocate(T* data, size_t) { ::operator delete (data, std::align_val_t{64}); }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t{64}); }
   bool operator==(const LineAllocator&) const { return true; }
 };
 template <typename T>

@@ -1,5 +1,3 @@
-#include "base/cpu_features.h"
-
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -9,6 +7,7 @@
 #include <string>
 
 #include "base/check.h"
+#include "base/cpu_features.h"
 
 namespace kt {
 namespace {

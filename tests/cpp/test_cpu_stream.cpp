@@ -1,5 +1,3 @@
-#include "runtime/cpu_stream.h"
-
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "runtime/cpu_stream.h"
 
 namespace kt {
 namespace {

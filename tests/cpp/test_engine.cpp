@@ -1,5 +1,3 @@
-#include "engine/engine.h"
-
 #include <gtest/gtest.h>
 #include <sched.h>
 
@@ -7,6 +5,7 @@
 #include <thread>
 
 #include "base/check.h"
+#include "engine/engine.h"
 #include "engine/probe.h"
 
 namespace kt {

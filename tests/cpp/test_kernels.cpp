@@ -59,14 +59,10 @@ struct Problem {
 
 int code(Fill fill, RandomNumbers& random, int low, int high, int position) {
   switch (fill) {
-    case Fill::kRandom:
-      return random.integer(low, high);
-    case Fill::kLargest:
-      return high;
-    case Fill::kSmallest:
-      return low;
-    case Fill::kAlternating:
-      return position % 2 == 0 ? low : high;
+    case Fill::kRandom: return random.integer(low, high);
+    case Fill::kLargest: return high;
+    case Fill::kSmallest: return low;
+    case Fill::kAlternating: return position % 2 == 0 ? low : high;
   }
   return 0;
 }

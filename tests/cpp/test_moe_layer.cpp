@@ -1,6 +1,5 @@
-// The whole layer: against a double-precision MoE, and against itself for every thread count, node count and batch.
-#include "moe/moe_layer.h"
-
+// The whole layer: against a double-precision MoE, and against itself for every thread count, node
+// count and batch.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,12 +8,14 @@
 
 #include "base/check.h"
 #include "base/cpu_features.h"
+#include "moe/moe_layer.h"
 #include "moe/moe_scratch.h"
 
 namespace kt {
 namespace {
 
-// A pool of unpinned threads spread over `nodes` groups, so that any split can be tried on any machine.
+// A pool of unpinned threads spread over `nodes` groups, so that any split can be tried on any
+// machine.
 PoolPlan plan_of(const std::vector<int>& threads_by_node) {
   PoolPlan plan;
   for (size_t i = 0; i < threads_by_node.size(); ++i) {
@@ -30,7 +31,8 @@ struct Weights {
 Weights random_weights(const MoeConfig& config, uint32_t seed) {
   std::mt19937 random(seed);
   // He-like scale keeps outputs near 1, so relative and absolute errors mean the same
-  std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)));
+  std::normal_distribution<float> normal(0.0f,
+                                         1.0f / std::sqrt(static_cast<float>(config.hidden_size)));
   Weights weights;
   for (int e = 0; e < config.num_experts; ++e) {
     for (auto* list : {&weights.gate, &weights.up, &weights.down}) {
@@ -75,7 +77,8 @@ Batch random_batch(const MoeConfig& config, int num_tokens, uint32_t seed) {
   return batch;
 }
 
-MoeConfig config_of(const std::string& layout, int hidden, int intermediate, int experts = 6, int top_k = 3) {
+MoeConfig config_of(const std::string& layout, int hidden, int intermediate, int experts = 6,
+                    int top_k = 3) {
   MoeConfig config;
   config.layer_idx = 7;
   config.num_experts = experts;
@@ -90,13 +93,14 @@ MoeConfig config_of(const std::string& layout, int hidden, int intermediate, int
 void load(MoeLayer& layer, const Weights& weights) {
   std::vector<ExpertStore::Source> sources;
   for (const int e : layer.config().expert_ids) {
-    sources.push_back({e, weights.gate[e].data(), weights.up[e].data(), weights.down[e].data(), DType::kFloat32});
+    sources.push_back(
+        {e, weights.gate[e].data(), weights.up[e].data(), weights.down[e].data(), DType::kFloat32});
   }
   layer.store().load(sources);
 }
 
-std::vector<float> run(const MoeConfig& config, const Weights& weights, const Batch& batch, IsaSet isa,
-                       const std::vector<int>& threads_by_node) {
+std::vector<float> run(const MoeConfig& config, const Weights& weights, const Batch& batch,
+                       IsaSet isa, const std::vector<int>& threads_by_node) {
   WorkerPool pool(plan_of(threads_by_node));
   MoeLayer layer(config, pool, make_moe_scratch(), isa);
   load(layer, weights);
@@ -143,15 +147,19 @@ double relative_error(const std::vector<float>& got, const std::vector<double>& 
   return std::sqrt(error / signal);
 }
 
-// Relative rms error of a layer. A symmetric code of c steps to each side of a row whose largest value is p sigma has an
-// error of p / (c sqrt(12)) of the row. The errors of x, gate and up add in squares, and SiLU's slope and the product
-// carry them on with a gain of about 1.3; then come the intermediate row and down.
-//   bf16         2^-9 for each of two activation roundings, the weights are bf16 already: below 2^-8
-//   int8         normal rows, p about 3.3: 0.75 % an operand, so 1.3 x 1.3 % + 1.1 % in squares: 2.0 %. Without rotation
-//                the intermediate row, a product of two normals, has p about 6: 1.4 % for that operand, 2.5 % in all;
-//                a tenth of the 80-value rows is larger by half: 3 %
-//   int4         p about 2.1 in a group of 32 (c = 7.5): 8 % a matrix, so 1.3 x 11 % + 8 % in squares: 17 %; p about 2.6
-//                in 128: 21 %; about 3.3 in a row: 26 %. One fifth more for batches of one or two tokens.
+// Relative rms error of a layer. A symmetric code of c steps to each side of a row whose largest
+// value is p sigma has an error of p / (c sqrt(12)) of the row. The errors of x, gate and up add in
+// squares, and SiLU's slope and the product carry them on with a gain of about 1.3; then come the
+// intermediate row and down.
+//   bf16         2^-9 for each of two activation roundings, the weights are bf16 already: below
+//   2^-8 int8         normal rows, p about 3.3: 0.75 % an operand, so 1.3 x 1.3 % + 1.1 % in
+//   squares: 2.0 %. Without rotation
+//                the intermediate row, a product of two normals, has p about 6: 1.4 % for that
+//                operand, 2.5 % in all; a tenth of the 80-value rows is larger by half: 3 %
+//   int4         p about 2.1 in a group of 32 (c = 7.5): 8 % a matrix, so 1.3 x 11 % + 8 % in
+//   squares: 17 %; p about 2.6
+//                in 128: 21 %; about 3.3 in a row: 26 %. One fifth more for batches of one or two
+//                tokens.
 double error_bound(const std::string& layout) {
   if (layout.starts_with("bf16")) return 1.0 / 256;
   if (layout.starts_with("int8")) return layout.find("_r") == std::string::npos ? 0.03 : 0.02;
@@ -159,7 +167,8 @@ double error_bound(const std::string& layout) {
   return layout.starts_with("int4g128") ? 0.25 : 0.31;
 }
 
-const char* const kLayouts[] = {"bf16_n64k2_v1", "int8_n64k4_r512_v1", "int8_n64k4_v1", "int4g32_n64k8_r512_v1",
+const char* const kLayouts[] = {"bf16_n64k2_v1",     "int8_n64k4_r512_v1",
+                                "int8_n64k4_v1",     "int4g32_n64k8_r512_v1",
                                 "int4g128_n64k8_v1", "int4_n64k8_r512_v1"};
 
 class EveryLayout : public testing::TestWithParam<const char*> {};
@@ -167,7 +176,8 @@ INSTANTIATE_TEST_SUITE_P(MoeLayer, EveryLayout, testing::ValuesIn(kLayouts));
 
 // bf16 rounds as its tier does and is left out: only integer sums are the same on every tier.
 class IntegerLayout : public testing::TestWithParam<const char*> {};
-INSTANTIATE_TEST_SUITE_P(MoeLayer, IntegerLayout, testing::ValuesIn(kLayouts + 1, std::end(kLayouts)));
+INSTANTIATE_TEST_SUITE_P(MoeLayer, IntegerLayout,
+                         testing::ValuesIn(kLayouts + 1, std::end(kLayouts)));
 
 TEST_P(EveryLayout, EqualsTheFormula) {
   for (const auto& [hidden, intermediate] : {std::pair{128, 192}, {576, 96}, {272, 80}}) {
@@ -212,7 +222,9 @@ TEST_P(IntegerLayout, BitsDoNotDependOnBatchOrTier) {
     one.weights.assign(all.weights.begin() + t * 3, all.weights.begin() + (t + 1) * 3);
     std::vector<float> output(320);
     layer.forward(one.input(output));
-    EXPECT_EQ(output, std::vector<float>(together.begin() + t * 320, together.begin() + (t + 1) * 320)) << t;
+    EXPECT_EQ(output,
+              std::vector<float>(together.begin() + t * 320, together.begin() + (t + 1) * 320))
+        << t;
   }
 }
 
@@ -248,7 +260,8 @@ TEST(MoeLayer, TokensWithoutExpertsAreZero) {
   Batch batch = random_batch(config, 4, 4);
   for (int s = 0; s < 3; ++s) batch.ids[3 + s] = -1;
   std::vector<float> output = run(config, weights, batch, cpu_features().chosen, {2});
-  EXPECT_EQ(std::vector<float>(output.begin() + 64, output.begin() + 128), std::vector<float>(64, 0.0f));
+  EXPECT_EQ(std::vector<float>(output.begin() + 64, output.begin() + 128),
+            std::vector<float>(64, 0.0f));
   std::fill(batch.ids.begin(), batch.ids.end(), -1);
   output = run(config, weights, batch, cpu_features().chosen, {2});
   EXPECT_EQ(output, std::vector<float>(output.size(), 0.0f));
@@ -296,10 +309,12 @@ TEST(MoeLayer, RefusesWhatItCannotCompute) {
   std::vector<float> output(64);
   batch.ids = {0, -1, -1};
   EXPECT_EQ(message_of([&] { layer.forward(batch.input(output)); }),
-            "layer 7: a token was routed to expert 0, whose weights were never loaded; call load_weights first.");
+            "layer 7: a token was routed to expert 0, whose weights were never loaded; call "
+            "load_weights first.");
   batch.ids = {4, -1, -1};
   EXPECT_EQ(message_of([&] { layer.forward(batch.input(output)); }),
-            "layer 7: a token was routed to expert 4, which is not on the CPU and not marked in gpu_experts_mask.");
+            "layer 7: a token was routed to expert 4, which is not on the CPU and not marked in "
+            "gpu_experts_mask.");
   batch.ids = {6, -1, -1};
   EXPECT_EQ(message_of([&] { layer.forward(batch.input(output)); }),
             "layer 7: topk_ids[0, 0] is 6, but expert ids are -1 (absent) or 0 to 5.");
@@ -321,7 +336,8 @@ TEST(MoeLayer, PackedExpertsRoundTrip) {
   std::vector<std::vector<uint8_t>> bytes;
   for (int e = 0; e < config.num_experts; ++e) {
     const ExpertStore& store = first.store();
-    std::vector<uint8_t> w13(store.num_panels(Projection::kW13) * store.panel_bytes(Projection::kW13));
+    std::vector<uint8_t> w13(store.num_panels(Projection::kW13) *
+                             store.panel_bytes(Projection::kW13));
     std::vector<uint8_t> w2(store.num_panels(Projection::kW2) * store.panel_bytes(Projection::kW2));
     store.export_packed(e, w13.data(), w2.data());
     second.store().load_packed({{e, w13.data(), w2.data()}});
@@ -339,9 +355,10 @@ TEST(MoeLayer, RefusesToLoadAnExpertTwiceInOneCall) {
   const Weights weights = random_weights(config, 1);
   WorkerPool pool(plan_of({2}));
   ExpertStore store(config, pool);
-  const ExpertStore::Source source{2, weights.gate[2].data(), weights.up[2].data(), weights.down[2].data(),
-                                   DType::kFloat32};
-  EXPECT_NE(message_of([&] { store.load({source, source}); }).find("expert 2 is given twice"), std::string::npos);
+  const ExpertStore::Source source{2, weights.gate[2].data(), weights.up[2].data(),
+                                   weights.down[2].data(), DType::kFloat32};
+  EXPECT_NE(message_of([&] { store.load({source, source}); }).find("expert 2 is given twice"),
+            std::string::npos);
   EXPECT_FALSE(store.loaded(2));
   store.load({source});
   store.load({source});
@@ -356,7 +373,8 @@ TEST(MoeLayer, AFailedReloadIsNotLoaded) {
   load(layer, weights);
   EXPECT_TRUE(layer.store().all_loaded());
   weights.down[2][5] = std::nanf("");
-  EXPECT_NE(message_of([&] { load(layer, weights); }).find("layer 7, expert 2, w2 panel 0"), std::string::npos);
+  EXPECT_NE(message_of([&] { load(layer, weights); }).find("layer 7, expert 2, w2 panel 0"),
+            std::string::npos);
   EXPECT_FALSE(layer.store().loaded(2));
 }
 

@@ -1,5 +1,3 @@
-#include "system/numa_arena.h"
-
 #include <errno.h>
 #include <gtest/gtest.h>
 #include <linux/filter.h>
@@ -17,6 +15,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "system/numa_arena.h"
 #include "system/topology.h"
 
 namespace kt {

@@ -1,5 +1,3 @@
-#include "moe/routing.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -7,16 +5,18 @@
 #include <random>
 
 #include "base/check.h"
+#include "moe/routing.h"
 
 namespace kt {
 namespace {
 
 template <typename Id>
-Routing route_all(const std::vector<Id>& ids, const std::vector<float>& weights, int top_k, int num_experts,
-                  const std::vector<uint8_t>& skip = {}) {
+Routing route_all(const std::vector<Id>& ids, const std::vector<float>& weights, int top_k,
+                  int num_experts, const std::vector<uint8_t>& skip = {}) {
   Routing routing;
   route(ids.data(), sizeof(Id) == 8 ? DType::kInt64 : DType::kInt32, weights.data(),
-        static_cast<int>(ids.size()) / top_k, top_k, num_experts, skip.empty() ? nullptr : skip.data(), routing);
+        static_cast<int>(ids.size()) / top_k, top_k, num_experts,
+        skip.empty() ? nullptr : skip.data(), routing);
   return routing;
 }
 
@@ -63,7 +63,8 @@ TEST(Routing, RefusesIdsOutOfRange) {
       route_all(std::vector<int64_t>{0, 1, 2, bad}, std::vector<float>(4, 1.0f), 2, 4);
       FAIL() << bad;
     } catch (const Error& error) {
-      EXPECT_NE(std::string(error.what()).find("topk_ids[1, 1] is " + std::to_string(bad)), std::string::npos)
+      EXPECT_NE(std::string(error.what()).find("topk_ids[1, 1] is " + std::to_string(bad)),
+                std::string::npos)
           << error.what();
     }
   }
@@ -80,7 +81,8 @@ TEST(Routing, RandomRoutesKeepEveryPairOnceInOrder) {
     std::vector<uint8_t> skip(num_experts);
     for (auto& s : skip) s = random() % 4 == 0;
     for (auto& id : ids) id = static_cast<int32_t>(random() % (num_experts + 1)) - 1;
-    std::iota(weights.begin(), weights.end(), 0.0f);  // weight = flat index, so every row can be traced back
+    std::iota(weights.begin(), weights.end(),
+              0.0f);  // weight = flat index, so every row can be traced back
     const Routing routing = route_all(ids, weights, top_k, num_experts, skip);
 
     std::vector<float> seen;
@@ -96,7 +98,8 @@ TEST(Routing, RandomRoutesKeepEveryPairOnceInOrder) {
         seen.push_back(routing.weight[r]);
       }
     }
-    const auto wanted = std::count_if(ids.begin(), ids.end(), [&](int id) { return id >= 0 && !skip[id]; });
+    const auto wanted =
+        std::count_if(ids.begin(), ids.end(), [&](int id) { return id >= 0 && !skip[id]; });
     EXPECT_EQ(static_cast<long>(seen.size()), wanted);
     std::sort(seen.begin(), seen.end());
     EXPECT_EQ(std::adjacent_find(seen.begin(), seen.end()), seen.end());

@@ -1,5 +1,3 @@
-#include "system/topology.h"
-
 #include <gtest/gtest.h>
 #include <sched.h>
 
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "system/topology.h"
 
 namespace kt {
 namespace {
@@ -55,9 +54,9 @@ class Tree {
   void node(int id, const std::string& cpulist, uint64_t memory_kib) const {
     const std::string folder = "/sys/devices/system/node/node" + std::to_string(id);
     write(folder + "/cpulist", cpulist);
-    write(folder + "/meminfo",
-          "Node " + std::to_string(id) + " MemTotal:       " + std::to_string(memory_kib) +
-              " kB\nNode " + std::to_string(id) + " MemFree:        1 kB");
+    write(folder + "/meminfo", "Node " + std::to_string(id) +
+                                   " MemTotal:       " + std::to_string(memory_kib) + " kB\nNode " +
+                                   std::to_string(id) + " MemFree:        1 kB");
   }
 
   void core(const Ints& threads) const {

@@ -1,8 +1,8 @@
-#include "moe/work_split.h"
-
 #include <gtest/gtest.h>
 
 #include <random>
+
+#include "moe/work_split.h"
 
 namespace kt {
 namespace {
@@ -14,7 +14,8 @@ std::vector<int> times_owned(WorkSplit& split, int workers) {
     const IndexRange range = split.static_units(worker);
     for (int64_t unit = range.begin; unit < range.end; ++unit) ++owned[unit];
   }
-  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit()) ++owned[unit];
+  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
+    ++owned[unit];
   return owned;
 }
 
@@ -42,7 +43,8 @@ TEST(WorkSplit, StaticPartsAreNearlyEqualInCost) {
     for (int64_t unit = range.begin; unit < range.end; ++unit) {
       cost += std::vector<int64_t>{100, 4, 4, 50, 4, 4}[split.item(unit)];
     }
-    // total 3984, seven eighths of it static: 1162 a worker, and a boundary moves by at most one panel of 100
+    // total 3984, seven eighths of it static: 1162 a worker, and a boundary moves by at most one
+    // panel of 100
     EXPECT_NEAR(static_cast<double>(cost), 1162, 100) << worker;
   }
 }

@@ -1,5 +1,3 @@
-#include "system/worker_pool.h"
-
 #include <gtest/gtest.h>
 #include <pthread.h>
 #include <sched.h>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "system/worker_pool.h"
 
 namespace kt {
 namespace {
@@ -34,9 +33,8 @@ PoolPlan plan_of(const std::vector<int>& threads_per_node) {
 }
 
 // Group sizes around the eight threads that share one counter, and several nodes.
-const std::vector<std::vector<int>> kShapes = {{1},    {2},    {3},       {8},      {9},
-                                               {17},   {1, 1}, {2, 3, 1}, {9, 1},   {8, 8},
-                                               {1, 17}};
+const std::vector<std::vector<int>> kShapes = {{1},    {2},       {3},    {8},    {9},    {17},
+                                               {1, 1}, {2, 3, 1}, {9, 1}, {8, 8}, {1, 17}};
 
 bool wait_until_parked(const WorkerPool& pool, int parked) {
   for (int i = 0; i < 5000; ++i) {
@@ -116,8 +114,8 @@ TEST_P(Shape, AnErrorStopsLaterPhasesAndThePoolStaysUsable) {
         pool.run({phase(0), phase(1), phase(2)});
         ADD_FAILURE() << "no error";
       } catch (const std::runtime_error& error) {
-        EXPECT_EQ(std::string(error.what()), "phase " + std::to_string(bad_phase) + " worker " +
-                                                 std::to_string(bad_worker));
+        EXPECT_EQ(std::string(error.what()),
+                  "phase " + std::to_string(bad_phase) + " worker " + std::to_string(bad_worker));
       }
       for (int number = 0; number < 3; ++number) {
         EXPECT_EQ(counts[number].load(), number <= bad_phase ? num_threads : 0);

@@ -69,9 +69,7 @@ inline void for_each_row_block(const GemmArgs& args) {
   for (; block.index < block.count; ++block.index) {
     const int rows = (args.m - block.row) / (block.count - block.index);
     switch (rows) {
-      case 1:
-        Tile::template run<1>(args, block);
-        break;
+      case 1: Tile::template run<1>(args, block); break;
       case 2:
         if constexpr (kMaxRows >= 2) Tile::template run<2>(args, block);
         break;

@@ -13,12 +13,15 @@ uint64_t read_probe_avx2(const uint8_t* data, int64_t bytes) {
   int64_t at = 0;
   for (; at + kStride <= bytes; at += kStride) {
     for (int i = 0; i < 8; ++i) {
-      if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 32), _MM_HINT_T0);
-      sum[i] = _mm256_xor_si256(sum[i], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + at + i * 32)));
+      if (i % 2 == 0)
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 32), _MM_HINT_T0);
+      sum[i] = _mm256_xor_si256(
+          sum[i], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + at + i * 32)));
     }
   }
   for (; at < bytes; at += 32) {
-    sum[0] = _mm256_xor_si256(sum[0], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + at)));
+    sum[0] =
+        _mm256_xor_si256(sum[0], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + at)));
   }
   for (int i = 1; i < 8; ++i) sum[0] = _mm256_xor_si256(sum[0], sum[i]);
   alignas(32) uint64_t words[4];
@@ -48,7 +51,8 @@ uint64_t peak_probe_int8_avx2(int64_t iterations) {
 
 uint64_t peak_probe_bf16_avx2(int64_t iterations) {
   __m256 sum[12];
-  for (int j = 0; j < 12; ++j) sum[j] = _mm256_set1_ps(static_cast<float>(j));  // equal sums would be computed once
+  for (int j = 0; j < 12; ++j)
+    sum[j] = _mm256_set1_ps(static_cast<float>(j));  // equal sums would be computed once
   __m256 a = _mm256_set1_ps(0.5f);
   const __m256 w = _mm256_set1_ps(0.25f);
   for (int64_t i = 0; i < iterations; ++i) {

@@ -16,7 +16,8 @@ uint64_t peak_probe_int8_avx512vnni(int64_t iterations) {
     asm volatile("" : "+v"(a));
 #pragma GCC unroll 24
     for (int j = 0; j < 24; ++j) {
-      sum[j] = reinterpret_cast<Int32x16>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum[j]), a, w));
+      sum[j] =
+          reinterpret_cast<Int32x16>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum[j]), a, w));
     }
   }
   int64_t all = 0;
