@@ -179,6 +179,8 @@ class Checkpoint:
                 names = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is no safetensors index ({error!r}); copy the file again.") from error
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise ValueError(f"{index} has a weight_map that names no files; copy the file again.")
             for file in sorted(set(names.values())):
                 if not (self.folder / file).exists():
                     raise ValueError(f"{index} names {file}, which is not there; finish the download.")

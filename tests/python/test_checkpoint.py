@@ -247,6 +247,18 @@ def test_an_index_to_a_missing_shard_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"x": 3}}',
+     '{"weight_map": {"x": null}}', '{"weight_map": {"x": ["a"], "y": "b"}}'],
+)  # fmt: skip
+def test_a_broken_index_is_refused(tmp_path: Path, index: str) -> None:
+    write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}, num_shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="index.json (is no safetensors index|has a weight_map).*; copy the file"):
+        Checkpoint(tmp_path)
+
+
 def test_an_index_to_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}, num_shards=2)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
