@@ -63,7 +63,12 @@ class CheckpointSource:
                     f"the checkpoint {self.folder} has {key} {getattr(sizes, key)}, but the model being served has "
                     f"{getattr(config, key)}; give the checkpoint of the served model."
                 )
-        _check_num_experts(self.folder, sizes.num_experts, config)
+        # More ids than experts are redundant copies (SGLang's expert location); fewer cannot be.
+        if config.num_experts < sizes.num_experts:
+            raise ValueError(
+                f"{self.folder} has {sizes.num_experts} experts a layer, but the model being served has "
+                f"{config.num_experts}; give the checkpoint of the served model."
+            )
         self.checkpoint.check_layer(config.layer_idx)
 
     def expert_bytes(self, layer: int) -> int:
@@ -101,13 +106,12 @@ class PackedSource:
         return self.packed.model["num_experts"]
 
     def check(self, config: MoEConfig) -> None:
-        _check_num_experts(self.folder, self.num_experts(), config)
         w13_bytes, w2_bytes = packed_bytes(
             self.layout, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size
         )
         self.packed.check_sizes(
             config.layer_idx,
-            num_experts=self.num_experts(),
+            num_experts=config.num_experts,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             w13_bytes=w13_bytes,
@@ -123,15 +127,6 @@ class PackedSource:
 
     def close(self) -> None:
         self.packed.close()
-
-
-def _check_num_experts(folder: Path, found: int, config: MoEConfig) -> None:
-    # More physical slots than logical experts are redundant copies (SGLang's expert location); fewer cannot be.
-    if config.num_experts < found:
-        raise ValueError(
-            f"{folder} has {found} experts a layer, but the model being served has {config.num_experts}; give the "
-            f"weights of the served model."
-        )
 
 
 def _one_dtype(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:

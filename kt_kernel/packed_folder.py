@@ -212,12 +212,30 @@ class PackedFolder:
     ) -> None:
         """Check that a layer is there and has the sizes of the model that is being served.
 
+        Parameters
+        ----------
+        layer : int
+            Index of the layer in the model.
+        num_experts : int
+            Expert ids that the served model routes to; more than there are experts are redundant copies, fewer cannot
+            be.
+        hidden_size, intermediate_size : int
+            Of the served model; must be equal.
+        w13_bytes, w2_bytes : int
+            Packed size of each expert's matrices.
+
         Raises
         ------
         ValueError
             Another model's folder; the message names size, value found and value wanted.
         """
-        wanted = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        found_experts = self.model["num_experts"]
+        if num_experts < found_experts:
+            raise ValueError(
+                f"{self.folder} has {found_experts} experts a layer, but the model being served has {num_experts}; "
+                f"convert the checkpoint of the served model."
+            )
+        wanted = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
         for key, value in wanted.items():
             if self.model[key] != value:
                 raise ValueError(
@@ -229,7 +247,7 @@ class PackedFolder:
                 f"{self.folder} has no experts for layer {layer}; it was converted from another model, so convert "
                 f"the checkpoint of the served model."
             )
-        for expert in range(num_experts):
+        for expert in range(found_experts):
             for part, size in (("w13", w13_bytes), ("w2", w2_bytes)):
                 tensor = f"experts.{expert}.{part}"
                 file = self._file_name(layer, tensor)

@@ -221,6 +221,23 @@ def test_another_models_folder_is_refused(folder: Path, changes: dict, words: st
         wrapper.load_weights(torch.arange(wrapper.num_experts))
 
 
+def test_the_number_of_experts_is_that_of_the_served_model(folder: Path) -> None:
+    packed = PackedFolder(folder)
+    w13, w2 = packed.expert(1, 0)
+    sizes = {"hidden_size": H, "intermediate_size": INNER, "w13_bytes": w13.numel(), "w2_bytes": w2.numel()}
+    for num_experts in (E, E + 2):  # the second with redundant copies
+        packed.check_sizes(1, num_experts=num_experts, **sizes)
+    with pytest.raises(ValueError, match="has 4 experts a layer, but the model being served has 3"):
+        packed.check_sizes(1, num_experts=3, **sizes)
+
+
+def test_redundant_copies_of_experts_are_loaded(folder: Path) -> None:
+    wrapper = make_wrapper(folder, num_experts=E + 2)
+    wrapper.load_weights(torch.tensor([0, 1, 2, 3, 1, 2]))
+    with pytest.raises(ValueError, match=r"map\[4\] is 4, but the weights have experts 0-3"):
+        make_wrapper(folder, num_experts=E + 2).load_weights(torch.arange(E + 2))
+
+
 @pytest.mark.parametrize("changes", [{"hidden_size": 128}, {"num_experts": 3}, {"layer_idx": 0}])
 def test_another_models_checkpoint_is_refused(folder: Path, changes: dict) -> None:
     wrapper = make_wrapper(folder.parent / "source", **changes)
