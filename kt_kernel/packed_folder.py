@@ -29,14 +29,14 @@ _SHARD_PREFIX = "kt-layer-"
 
 @dataclass(frozen=True)
 class PackedDescription:
-    """What makes two conversions the same; a folder is resumed only for an equal description.
+    """What is converted from what; a folder is resumed only by a conversion of equal :meth:`identity`.
 
     Attributes
     ----------
     method, layout : str
         Name of the method and key of the packed layout.
     package_version : str
-        Version of kt_kernel that wrote the folder.
+        Version of kt_kernel that began the folder. Information only: layout and format version decide the bytes.
     input_type : str
         ``"bf16"``, ``"fp16"`` or ``"fp32"``.
     model : dict
@@ -59,7 +59,12 @@ class PackedDescription:
     config_sha256: str
 
     def to_json(self) -> dict:
+        """Everything, as the manifest holds it."""
         return asdict(self)
+
+    def identity(self) -> dict:
+        """What makes two conversions the same."""
+        return {key: value for key, value in self.to_json().items() if key != "package_version"}
 
 
 def shard_file_name(layer: int, shard: int) -> str:

@@ -84,7 +84,6 @@ class PackedWriter:
             raise ValueError(f"another conversion is writing to {self.folder}; wait for it or stop it.") from None
 
     def _begin(self, description: PackedDescription) -> dict:
-        wanted = description.to_json()
         if not (self.folder / MANIFEST).exists():
             foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith(".kt-")]
             if foreign:
@@ -92,11 +91,12 @@ class PackedWriter:
                     f"output folder {self.folder} is not empty (it holds {sorted(foreign)[0]}) and is no conversion "
                     f"of kt_kernel; give an empty folder."
                 )
-            manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False, **wanted, "layers": {}}
+            manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False}
+            manifest |= {**description.to_json(), "layers": {}}
             write_atomically(self.folder / MANIFEST, encode_manifest(manifest))
             return manifest
         manifest = read_manifest(self.folder)
-        for key, value in wanted.items():
+        for key, value in description.identity().items():
             # Through JSON and back, as the stored one went.
             if manifest.get(key) != json.loads(json.dumps(value)):
                 raise ValueError(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import random_experts, write_checkpoint
 
+import kt_kernel
 from kt_kernel import converter, packed_writer
 from kt_kernel.convert_command import main
 from kt_kernel.packed_folder import read_manifest, verify
@@ -263,6 +264,21 @@ def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path, caplo
     assert run(source, tmp_path / "o") == 0
     assert "3 from an earlier run" in caplog.text
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_version_of_the_package_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    output = tmp_path / "o"
+    assert run(source, output) == 0
+    whole = contents(output)
+    if not finished:
+        (output / "kt-layer-00002-00001.safetensors").unlink()
+    monkeypatch.setattr(kt_kernel, "__version__", "99.0")
+    assert run(source, output) == 0
+    assert contents(output) == whole
+    assert read_manifest(output)["package_version"] != "99.0"
 
 
 def test_a_damaged_layer_is_made_again(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
