@@ -167,8 +167,14 @@ def _upcycle_layer(
         yield name + "down_proj.weight", (down / s)[:, order].contiguous()
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write tensors in bf16 to safetensors files of at most `shard_bytes`, with an index; return the bytes written."""
+def write_shards(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write tensors to safetensors files of at most `shard_bytes`, with an index; return the bytes written."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
@@ -182,7 +188,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
         pending, pending_bytes = {}, 0
 
     for name, tensor in tensors:
-        stored = tensor.to(torch.bfloat16).contiguous()
+        stored = tensor.to(dtype).contiguous()
         if pending and pending_bytes + stored.nbytes > shard_bytes:
             flush()
         pending[name] = stored

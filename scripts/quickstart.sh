@@ -3,7 +3,7 @@
 #
 # Usage: scripts/quickstart.sh [options]
 #   --method M      AMXINT8 (default), AMXINT4 or BF16: how the experts are stored and computed
-#   --prompt TEXT   the question (default: What is the capital of France?)
+#   --prompt TEXT   the question (default: Tell me about the capital of France in one sentence.)
 #   --port N        port of the server (default: 30000, or the next free one)
 #   --keep          leave the server running
 #   --skip-install  use the environment as it is
@@ -15,7 +15,7 @@ set -Eeuo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 demo=${KT_DEMO_DIR:-$repo/.demo}
-method=AMXINT8 prompt='What is the capital of France?' port='' keep=0 skip_install=0
+method=AMXINT8 prompt='Tell me about the capital of France in one sentence.' port='' keep=0 skip_install=0
 served_name=smollm2-moe
 started=$SECONDS
 
@@ -66,13 +66,13 @@ environment_python() {
 server=''
 stop_server() {
   [[ -n $server ]] || return 0
-  kill -TERM -- "-$server" 2>/dev/null || true
-  for _ in {1..100}; do
+  # the main process ends the others in order; a signal to all would look like a crash to it
+  kill -TERM "$server" 2>/dev/null || true
+  for _ in {1..200}; do
     kill -0 -- "-$server" 2>/dev/null || break
     sleep 0.1
   done
   kill -KILL -- "-$server" 2>/dev/null || true
-  wait "$server" 2>/dev/null || true
   server=''
 }
 trap stop_server EXIT
@@ -116,6 +116,7 @@ setsid "$python" -m kt_kernel.launch_server --model-path "$model" --served-model
   --host 127.0.0.1 --port "$port" --kt-method "$method" --kt-weight-path "$weights" --max-running-requests 8 \
   >"$log" 2>&1 </dev/null &
 server=$!
+disown "$server" # bash is not to report how it ended
 "$python" "$client" wait --port "$port" --pid "$server" --log "$log" ||
   fail "the server did not start; the end of its log is above (full log: $log)"
 
@@ -130,7 +131,6 @@ printf '\nAsk it something else:\n'
 if ((keep)); then
   printf "  curl -s http://127.0.0.1:%s/v1/chat/completions -H 'Content-Type: application/json' -d '%s'\n" "$port" "$question"
   printf 'The server goes on running; stop it with:\n  kill -- -%s\n' "$server"
-  disown "$server"
   server=''
 else
   printf '  scripts/quickstart.sh --prompt "Name three colors."\n'

@@ -1,7 +1,7 @@
 """Tiny MoE checkpoints with random weights and a byte-level tokenizer, written by the tests themselves.
 
 The initialisation std is 0.02, and down of the experts four times that, so that the experts are a large part of the
-output: rounding alone then moves log-probabilities by about 0.002 nats, a dropped expert by more than ten times as much.
+output: rounding alone then moves log-probabilities by about 0.002 nats, a dropped expert by ten times as much.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ DEEPSEEK_V2 = TinyModel(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
+    num_layers=4,
     extra={
         "n_routed_experts": 8,
         "n_shared_experts": 1,

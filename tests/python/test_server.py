@@ -1,10 +1,10 @@
 """Real servers with CPU experts against the same server without ``--kt-*`` flags.
 
-The measure is the difference of teacher-forced log-probabilities, averaged over the nine tenths of all positions where it
-is smallest: in a random model some tokens are near ties of the router, and any rounding sends them to another expert.
+The measure is the difference of teacher-forced log-probabilities, averaged over the nine tenths of all positions where
+it is smallest: in a random model some tokens are near ties of the router, and any rounding sends them elsewhere.
 
 What is expected. Two bf16 evaluations in another order differ by about 0.002 nats here. The integer methods also round
-activations to 8 bits: a rotated row of k = 256 values has its largest at about 3.5 sigma, so one step is 3.5 / 127 sigma
+activations to 8 bits: a rotated row of k = 256 values has its largest at about 3.5 sigma, so a step is 3.5 / 127 sigma
 and its rounding error 3.5 / 127 / sqrt(12) = 0.8 % of the row; over both products 1.1 %. Dropping an expert changes a
 quarter of the rows by about 0.7 of their size, 18 % on average, which is 16 times as much. The oracle of a quantized
 method is the plain server with the *dequantized* experts, so that 4-bit weights do not widen the tolerance; by the
@@ -91,6 +91,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("fault", ["swapped", "dropped"])
 def test_measure_sees_wrong_experts(oracle: Oracle, fault: str) -> None:
     moved = distance(oracle.logprobs["BF16"], oracle.logprobs[fault])
+    print(f"{fault}: {moved:.4f}")
     assert moved >= SENSITIVITY * max(TOLERANCE.values())
 
 
@@ -116,6 +117,7 @@ def test_same_logprobs_as_plain_sglang(oracle: Oracle, method: str) -> None:
         check_activation(running.log, oracle.model, method)
         found = teacher_forced(running)
         assert distance(found, oracle.logprobs[method]) < TOLERANCE[method]
+        print(f"{method}: {distance(found, oracle.logprobs[method]):.4f}")
         from_quantization = distance(oracle.logprobs[method], oracle.logprobs["BF16"])
         # the tenths left out of the three means are not the same ones, hence twice
         assert distance(found, oracle.logprobs["BF16"]) < 2 * (from_quantization + TOLERANCE[method])

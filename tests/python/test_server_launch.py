@@ -44,6 +44,10 @@ REFUSALS = {
     "negative_gpu_experts": (["--kt-weight-path", "WEIGHTS", "--kt-num-gpu-experts", "-1"], ["--kt-num-gpu-experts"]),
     "no_threads": (["--kt-weight-path", "WEIGHTS", "--kt-cpuinfer", "0"], ["--kt-cpuinfer is 0"]),
     "other_model": (["--kt-weight-path", "OTHER"], ["num_experts 8", "40"]),
+    "dense_model": (
+        ["--kt-weight-path", "WEIGHTS", "--model-path", "DENSE"],
+        ["--kt-weight-path is given, but the model being served has no experts"],
+    ),
     "expert_parallel": (["--kt-weight-path", "WEIGHTS", "--ep-size", "2", "--tp-size", "2"], ["--ep-size is 2"]),
     "too_little_memory": (
         ["--kt-weight-path", "HUGE", "--model-path", "HUGE"],
@@ -105,10 +109,13 @@ def write_huge_model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     folder = tmp_path_factory.mktemp("refusals")
-    places = {name: folder / name for name in ("WEIGHTS", "OTHER", "EMPTY", "HUGE")}
+    places = {name: folder / name for name in ("WEIGHTS", "OTHER", "EMPTY", "HUGE", "DENSE")}
     models.write_model(places["WEIGHTS"], MODEL)
     models.write_model(places["OTHER"], models.QWEN3_MOE)
     places["EMPTY"].mkdir()
+    models.write_model(places["DENSE"], MODEL)
+    config = {key: value for key, value in MODEL.config().items() if "expert" not in key}
+    (places["DENSE"] / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
     write_huge_model(places["HUGE"])
     lines = {}
     for name, (flags, _) in {**REFUSALS, "accepted": (["--kt-weight-path", "WEIGHTS"], [])}.items():

@@ -170,7 +170,14 @@ def _check_same_model(model_path: str, source: ExpertSource) -> None:
     folder = Path(model_path).expanduser()
     if not (folder / "config.json").is_file():
         return  # a hub id: SGLang downloads it, and loading compares the sizes
-    served = model_sizes(folder)
+    config = read_config(folder)
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    if any("quantization_config" in part for part in (config, *nested)):
+        return  # its other weights are SGLang's business; loading compares the sizes
+    try:
+        served = model_sizes(folder)
+    except ValueError as error:
+        raise ValueError(f"--kt-weight-path is given, but the model being served has no experts: {error}") from None
     for name in ("num_experts", "hidden_size", "intermediate_size"):
         if getattr(served, name) != getattr(source, name):
             raise ValueError(
