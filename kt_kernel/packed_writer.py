@@ -75,13 +75,24 @@ class PackedWriter:
             raise
 
     def _take_lock(self) -> None:
-        self._lock_fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-            raise ValueError(f"another conversion is writing to {self.folder}; wait for it or stop it.") from None
+        path = self.folder / _LOCK
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its owner removes the file before the lock is free: a file opened before that locks nobody out.
+                held = _is_file_at(descriptor, path)
+            except BaseException as error:
+                os.close(descriptor)
+                if isinstance(error, BlockingIOError):
+                    raise ValueError(
+                        f"another conversion is writing to {self.folder}; wait for it or stop it."
+                    ) from None
+                raise
+            if held:
+                self._lock_fd = descriptor
+                return
+            os.close(descriptor)
 
     def _begin(self, description: PackedDescription) -> dict:
         if not (self.folder / MANIFEST).exists():
@@ -223,6 +234,14 @@ class PackedMatrix(NamedTuple):
             "relative_error": math.sqrt(difference / signal) if signal > 0 else 0.0,
         }
         return cls(packed, entry)
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of a name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _brief(value: object) -> str:

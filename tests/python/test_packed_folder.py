@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kt_kernel import KTMoEWrapper, converter, files, packed_folder, packed_writ
 from kt_kernel.converter import ConvertOptions, convert
 from kt_kernel.loader import open_source
 from kt_kernel.methods import METHODS, get_method
-from kt_kernel.packed_folder import PackedFolder, encode_manifest, read_manifest, verify
+from kt_kernel.packed_folder import PackedDescription, PackedFolder, encode_manifest, read_manifest, verify
 
 E, H, INNER = 4, 64, 48
 LAYERS = (1, 2)
@@ -373,6 +374,31 @@ def test_a_second_writer_is_refused(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another conversion is writing"):
             convert_tiny(folder.parent)
+
+
+def test_a_lock_whose_file_was_removed_is_taken_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first writer ends between the second's opening of the file and its lock; a third comes."""
+    import fcntl
+
+    lock = folder / ".kt-convert.lock"
+    real = fcntl.flock
+    calls: list[int] = []
+
+    def late(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    manifest = read_manifest(folder)
+    description = PackedDescription(**{field.name: manifest[field.name] for field in fields(PackedDescription)})
+    second = packed_writer.PackedWriter(folder, description)
+    with pytest.raises(ValueError, match="another conversion is writing"):
+        packed_writer.PackedWriter(folder, description)
+    assert len(calls) == 3 and lock.exists()
+    second.close()
+    assert not lock.exists()
 
 
 def test_the_manifest_survives_a_round_trip(folder: Path) -> None:
