@@ -139,7 +139,7 @@ def _verify(folder: str) -> int:
     total = sum(tensor["bytes"] for _, _, tensor in manifest_tensors(manifest))
     progress = Progress("verifying", total_bytes=total, total_layers=len(layers), logger=logger)
     try:
-        problems = verify(folder, progress.add)
+        problems = verify(folder, progress.add, progress.finish_layer)
     finally:
         progress.close()
     for problem in problems:

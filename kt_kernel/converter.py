@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,16 +269,30 @@ class _SourceHashes:
 
     def check_recorded(self) -> None:
         """Refuse to mix layers of two sources: every file hashed before must still be the same."""
-        for file, digest in self._recorded.items():
-            entry = self._state.get(file)
-            if entry is not None and (entry["bytes"], entry["mtime_ns"]) == self._stat(file):
-                continue
-            if self._hash(file) != digest:
-                raise ValueError(
-                    f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give another "
-                    f"output folder, or delete this one."
-                )
-            self._remember(file, digest)
+        again = [file for file in self._recorded if not self._is_as_hashed(file)]
+        progress = Progress(
+            "checking the source",
+            total_bytes=sum(self._stat(file)[0] for file in again),
+            total_layers=len(again),
+            logger=logger,
+            unit="file",
+        )
+        try:
+            for file in again:
+                if self._hash(file, progress.add) != self._recorded[file]:
+                    raise ValueError(
+                        f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give "
+                        f"another output folder, or delete this one."
+                    )
+                self._remember(file, self._recorded[file])
+                progress.finish_layer(file)
+        finally:
+            progress.close()
+
+    def _is_as_hashed(self, file: str) -> bool:
+        """Whether size and time of a file are those it had when it was hashed."""
+        entry = self._state.get(file)
+        return entry is not None and (entry["bytes"], entry["mtime_ns"]) == self._stat(file)
 
     def missing(self, layers: list[int]) -> list[str]:
         """Files without a hash, those of the given layers first, in the order they are needed."""
@@ -295,13 +310,14 @@ class _SourceHashes:
         self._state[file] = {"bytes": size, "mtime_ns": mtime_ns, "sha256": digest}
         self._writer.store_source_state(self._state)
 
-    def _hash(self, file: str) -> str | None:
+    def _hash(self, file: str, progress: Callable[[int], None] = lambda num_bytes: None) -> str | None:
         digest = hashlib.sha256()
         with open(self._source.folder / file, "rb") as data:
             while chunk := data.read(_HASH_CHUNK):
                 if self._stopped:
                     return None
                 digest.update(chunk)
+                progress(len(chunk))
         return digest.hexdigest()
 
     def stop(self) -> None:

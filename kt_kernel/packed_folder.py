@@ -322,7 +322,11 @@ def check_file(
     return None
 
 
-def verify(folder: str | Path, progress: Callable[[int], None] = lambda num_bytes: None) -> list[str]:
+def verify(
+    folder: str | Path,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    finished: Callable[[int], None] = lambda layer: None,
+) -> list[str]:
     """Check every byte of a converted folder against the manifest.
 
     Parameters
@@ -331,6 +335,8 @@ def verify(folder: str | Path, progress: Callable[[int], None] = lambda num_byte
         Folder made by the converter.
     progress : callable
         Called with the bytes of each tensor read.
+    finished : callable
+        Called with each listed layer when all of it has been checked.
 
     Returns
     -------
@@ -357,6 +363,8 @@ def verify(folder: str | Path, progress: Callable[[int], None] = lambda num_byte
             problem = check_file(root / name, entry, manifest["layout"], progress)
             if problem:
                 problems.append(problem)
+        if entries is not None:
+            finished(layer)
     for name, digest in manifest.get("copied_files", {}).items():
         path = root / name
         if not path.exists():

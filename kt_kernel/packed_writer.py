@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +22,12 @@ from kt_kernel.packed_folder import (
     PackedDescription,
     check_file,
     encode_manifest,
+    manifest_tensors,
     read_manifest,
     shard_file_name,
     shard_metadata,
 )
+from kt_kernel.progress import Progress
 
 logger = logging.getLogger("kt_kernel.converter")
 
@@ -41,6 +42,7 @@ class PackedWriter:
 
     States of a file on disk: in a hidden folder (being written) -> final name (whole, on disk) -> listed in the
     manifest, with all files of its layer (checked when resumed). A kill costs at most the layer being written.
+    Finished layers are read again and checked when the writer is made, which shows progress.
 
     Parameters
     ----------
@@ -48,9 +50,6 @@ class PackedWriter:
         Created where missing. Must be empty or an unfinished (or finished) conversion of the same description.
     description : PackedDescription
         What is being made.
-    progress : callable
-        Called with bytes while finished layers are checked.
-
     Raises
     ------
     ValueError
@@ -59,9 +58,7 @@ class PackedWriter:
         The disk is full or fails (one sentence).
     """
 
-    def __init__(
-        self, folder: Path, description: PackedDescription, progress: Callable[[int], None] = lambda num_bytes: None
-    ) -> None:
+    def __init__(self, folder: Path, description: PackedDescription) -> None:
         self.folder = folder
         self.manifest: dict = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +66,7 @@ class PackedWriter:
         try:
             remove_unfinished(folder)
             self.manifest = self._begin(description)
-            self._check_finished_layers(progress)
+            self._check_finished_layers()
         except BaseException:
             self.close()
             raise
@@ -116,16 +113,29 @@ class PackedWriter:
                 )
         return manifest
 
-    def _check_finished_layers(self, progress: Callable[[int], None]) -> None:
+    def _check_finished_layers(self) -> None:
         """Forget layers with a file that does not match; they are made again."""
+        layers = self.manifest["layers"]
+        if not layers:
+            return
+        progress = Progress(
+            "checking finished layers",
+            total_bytes=sum(tensor["bytes"] for _, _, tensor in manifest_tensors(self.manifest)),
+            total_layers=len(layers),
+            logger=logger,
+        )
         damaged = []
-        for layer, entries in self.manifest["layers"].items():
-            for name, entry in entries.items():
-                problem = check_file(self.folder / name, entry, self.manifest["layout"], progress)
-                if problem:
-                    logger.warning("%s Layer %s is converted again.", problem, layer)
-                    damaged.append(layer)
-                    break
+        try:
+            for layer, entries in layers.items():
+                for name, entry in entries.items():
+                    problem = check_file(self.folder / name, entry, self.manifest["layout"], progress.add)
+                    if problem:
+                        logger.warning("%s Layer %s is converted again.", problem, layer)
+                        damaged.append(layer)
+                        break
+                progress.finish_layer(layer)
+        finally:
+            progress.close()
         for layer in damaged:
             del self.manifest["layers"][layer]
         if damaged:

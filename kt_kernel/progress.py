@@ -38,9 +38,14 @@ class Progress:
         Layers to go in all.
     logger : Logger
         Where log lines go.
+    unit : str
+        What is counted if not layers, e.g. ``"file"``.
     """
 
-    def __init__(self, what: str, *, total_bytes: int, total_layers: int, logger: logging.Logger) -> None:
+    def __init__(
+        self, what: str, *, total_bytes: int, total_layers: int, logger: logging.Logger, unit: str = "layer"
+    ) -> None:
+        self.unit = unit
         self.what = what
         self.total_bytes = total_bytes
         self.total_layers = total_layers
@@ -79,24 +84,24 @@ class Progress:
             if self._bar is not None:
                 self._bar.update(num_bytes)
 
-    def finish_layer(self, layer: int) -> None:
-        """Count a layer as done and tell about it."""
+    def finish_layer(self, layer: int | str) -> None:
+        """Count a layer (or file, by name) as done and tell about it."""
         with self._lock:
             self.done_layers += 1
             now = time.monotonic()
             last = self.done_layers == self.total_layers
             if self._bar is not None:
-                self._bar.set_postfix_str(f"layer {self.done_layers}/{self.total_layers}")
+                self._bar.set_postfix_str(f"{self.unit} {self.done_layers}/{self.total_layers}")
                 return
             if not last and self.done_layers > 1 and now - self._last_line < _LOG_INTERVAL_S:
                 return
             self._last_line = now
             self._logger.info("%s", self._line(layer, now - self._start))
 
-    def _line(self, layer: int, elapsed: float) -> str:
+    def _line(self, layer: int | str, elapsed: float) -> str:
         rate = self.done_bytes / elapsed if elapsed > 0 else 0.0
         line = (
-            f"{self.what}: layer {layer} ({self.done_layers}/{self.total_layers}), "
+            f"{self.what}: {self.unit} {layer} ({self.done_layers}/{self.total_layers}), "
             f"{self.done_bytes / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
         )
         if self.done_layers == self.total_layers:

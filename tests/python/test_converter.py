@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -279,6 +280,21 @@ def test_another_version_of_the_package_goes_on(
     assert run(source, output) == 0
     assert contents(output) == whole
     assert read_manifest(output)["package_version"] != "99.0"
+
+
+def test_reading_layers_again_is_shown(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert run(source, tmp_path / "o") == 0
+    assert "checking" not in caplog.text
+    caplog.clear()
+    assert run(source, tmp_path / "o") == 0
+    assert re.search(r"checking finished layers: layer 1 \(1/3\), .*, ETA", caplog.text)
+    assert re.search(r"checking finished layers: layer 4 \(3/3\), .*, done in", caplog.text)
+    assert re.search(r"checking the source: file model-00002-of-00002.safetensors \(2/2\), .*, done in", caplog.text)
+    caplog.clear()
+    assert main(["--verify", str(tmp_path / "o")]) == 0
+    assert re.search(r"verifying: layer 1 \(1/3\), .*, ETA", caplog.text)
+    assert re.search(r"verifying: layer 4 \(3/3\), .*, done in", caplog.text)
 
 
 def test_a_damaged_layer_is_made_again(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
