@@ -115,6 +115,15 @@ def default_numa_nodes() -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def usable_cpus() -> int:
+    """Logical CPUs this process may use: those of its affinity, cut to the CPU time its cgroups grant, at least 1."""
+    from kt_kernel import _ext
+
+    topology = _ext.topology()
+    cpus = sum(len(node["cpus"]) for node in topology["nodes"])
+    return max(1, min(cpus, int(topology["cpu_quota"] or cpus)))
+
+
 def apply_log_level() -> None:
     """Set the level of the logger ``kt_kernel`` from ``KT_LOG_LEVEL``; does nothing where it is unset.
 

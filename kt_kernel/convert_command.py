@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kt_kernel.config import apply_log_level
+from kt_kernel.config import apply_log_level, usable_cpus
 from kt_kernel.methods import METHODS, get_method
 
 _METHOD_OF_QUANT = {"int8": "AMXINT8", "int4": "AMXINT4", "bf16": "BF16"}
@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from kt_kernel.converter import ConvertOptions, convert, usable_cpus
+    from kt_kernel.converter import ConvertOptions, convert
 
     _check(args)
     for note in _notes(args):

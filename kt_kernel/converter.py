@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
+from kt_kernel.config import usable_cpus
 from kt_kernel.experts import packed_bytes
 from kt_kernel.files import write_atomically
 from kt_kernel.methods import Method
@@ -60,7 +60,8 @@ class ConvertOptions:
     input_type : str, optional
         What the caller believes the checkpoint holds; checked against it.
     num_threads : int
-        Experts quantized at once; 0: every usable CPU. Does not change a byte of the result.
+        Threads, each of which quantizes an expert; 0: as many as CPUs may be used. Does not change a byte of the
+        result. However many there are, no more experts are in memory than one output file holds.
     """
 
     input_path: str
@@ -94,11 +95,6 @@ class ConvertResult:
     mean_error: float
     worst_error: float
     worst_tensor: str
-
-
-def usable_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def convert(options: ConvertOptions) -> ConvertResult:

@@ -13,19 +13,10 @@ import sys
 
 import torch
 
+from kt_kernel.config import usable_cpus
 from kt_kernel.integrations.torchvision_repair import repair_torchvision
 
 PLATFORM = "kt_cpu"
-
-
-def usable_cpus() -> int:
-    """Return the number of logical CPUs this process may use, cut to the cgroup's quota."""
-    from kt_kernel import _ext
-
-    topology = _ext.topology()
-    cpus = sum(len(node["cpus"]) for node in topology["nodes"])
-    quota = topology.get("cpu_quota") or cpus
-    return max(1, min(cpus, int(quota)))
 
 
 def prepare_environment() -> None:

@@ -17,7 +17,8 @@ import torch
 from checkpoints import random_experts, write_checkpoint
 
 import kt_kernel
-from kt_kernel import converter, packed_writer
+from kt_kernel import converter, launch_server, packed_writer
+from kt_kernel.config import usable_cpus
 from kt_kernel.convert_command import main
 from kt_kernel.packed_folder import read_manifest, verify
 
@@ -74,6 +75,28 @@ def test_the_incumbents_command_line_works(source: Path, tmp_path: Path, caplog:
     assert len(notes) == 4 and all("\n" not in note for note in notes)
     assert "cut to the" in caplog.text and "complete: 3 layers" in caplog.text
     assert "layer 4 (3/3)" in caplog.text and "GB/s" in caplog.text
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(0.0, 6), (2.5, 2), (0.5, 1), (64.0, 6)])
+def test_threads_are_the_cpus_that_the_cgroup_grants(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    quota: float,
+    threads: int,
+) -> None:
+    caplog.set_level("INFO")
+    nodes = [{"cpus": [0, 1, 2, 3]}, {"cpus": [6, 7]}]
+    monkeypatch.setattr(kt_kernel._ext, "topology", lambda: {"nodes": nodes, "cpu_quota": quota})
+    made: list[int] = []
+    real = converter.ThreadPoolExecutor
+    monkeypatch.setattr(converter, "ThreadPoolExecutor", lambda count: made.append(count) or real(count))
+    assert run(source, tmp_path / "o") == 0
+    assert made == [threads, 1], "packing, and hashing the source"
+    assert run(source, tmp_path / "o", "--cpuinfer-threads", "32") == 0
+    assert f"--cpuinfer-threads 32 is cut to the {threads} CPUs this process may use" in caplog.text
+    assert usable_cpus() == launch_server.usable_cpus() == threads
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ def test_imports_are_seen_inside_functions() -> None:
 
 # Modules of kt_kernel from the bottom up: each may import from rows above its own only, at any depth of its code.
 PYTHON_LAYERS = (
-    ("_ext", "_build_info", "config", "files", "methods", "placement", "progress"),
+    ("_ext", "_build_info"),
+    ("config", "files", "methods", "placement", "progress"),
     ("ops", "checkpoint", "packed_folder"),
     ("experts", "packed_writer"),
     ("loader", "converter"),
