@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
-from kt_kernel.config import usable_cpus
+from kt_kernel.config import MoEConfig, usable_cpus
 from kt_kernel.experts import packed_bytes
 from kt_kernel.files import write_atomically
 from kt_kernel.methods import Method
@@ -114,6 +114,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     layout = options.method.layout_with_group(options.group_size)
     if options.output.exists() and options.output.resolve() == source.folder.resolve():
         raise ValueError(f"output {options.output} is the checkpoint itself; give another folder.")
+    _check_sizes(source, layout)
     num_experts = source.sizes.num_experts
     layer_bytes = {}
     for layer in source.layers:
@@ -155,6 +156,22 @@ def convert(options: ConvertOptions) -> ConvertResult:
         return _summary(writer, resumed, sum(layer_bytes.values()))
     finally:
         writer.close()
+
+
+def _check_sizes(source: Checkpoint, layout: str) -> None:
+    """Refuse a model that could be packed and never computed."""
+    sizes = source.sizes
+    try:
+        MoEConfig(
+            layer_idx=source.layers[0],
+            num_experts=sizes.num_experts,
+            top_k=sizes.top_k,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+        )
+        packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{source.folder} cannot be converted: {error}") from error
 
 
 def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> PackedDescription:

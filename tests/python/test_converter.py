@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_experts, write_checkpoint
+from checkpoints import config_of, random_experts, write_checkpoint
 
 import kt_kernel
 from kt_kernel import converter, launch_server, packed_writer
@@ -150,6 +150,24 @@ def test_what_cannot_be_done_is_one_sentence(
     assert run(source, tmp_path / "o", *flags) == 1
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 1 and words in errors[0] and "\n" not in errors[0]
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "changes", "words"),
+    [
+        (72, 48, {}, "cannot be converted: hidden_size is 72; the kernels compute multiples of 16 only"),
+        (64, 40, {}, "cannot be converted: intermediate_size is 40; the kernels compute multiples of 16 only"),
+        (64, 48, {"num_experts_per_tok": 5}, "cannot be converted: top_k is 5, above num_experts = 4"),
+    ],
+)
+def test_a_model_that_cannot_be_computed_is_refused_before_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, hidden: int, inner: int, changes: dict, words: str
+) -> None:
+    experts = random_experts(E, hidden, inner)
+    source = write_checkpoint(tmp_path / "source", {0: experts}, config=config_of(experts, 1, **changes))
+    assert run(source, tmp_path / "o") == 1
+    assert words in caplog.text
     assert not (tmp_path / "o").exists()
 
 
