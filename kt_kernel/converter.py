@@ -129,8 +129,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
         resumed = len(source.layers) - len(todo)
         if resumed:
             logger.info("%d of %d layers are there already and whole", resumed, len(source.layers))
-        hashes = _SourceHashes(source, writer)
-        hashes.check_recorded()
+        source_files = _SourceFiles(source, writer)
+        source_files.begin()
         progress = Progress(
             f"converting to {options.method.name}",
             total_bytes=sum(layer_bytes[layer] for layer in todo),
@@ -139,20 +139,23 @@ def convert(options: ConvertOptions) -> ConvertResult:
         )
         try:
             with ThreadPoolExecutor(options.num_threads or usable_cpus()) as pool, ThreadPoolExecutor(1) as hash_pool:
-                hashing = [hash_pool.submit(hashes.hash_file, file) for file in hashes.missing(todo)]
+                hashing = [hash_pool.submit(source_files.hash_file, file) for file in source_files.missing(todo)]
                 try:
                     for layer in todo:
-                        _convert_layer(source, writer, layer, layout, pool, progress)
+                        _convert_layer(source, source_files, writer, layer, layout, pool, progress)
+                        for future in hashing:
+                            if future.done():
+                                future.result()  # a file that changed ends the conversion now
                     for future in hashing:
                         future.result()
                 except BaseException:
-                    hashes.stop()
+                    source_files.stop()
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
             progress.close()
         if todo or not writer.complete:
-            writer.finish(hashes.sha256(), _copy_files(source.folder, options.output))
+            writer.finish(source_files.sha256(), _copy_files(source.folder, options.output))
         return _summary(writer, resumed, sum(layer_bytes.values()))
     finally:
         writer.close()
@@ -210,6 +213,7 @@ def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> Packe
 
 def _convert_layer(
     source: Checkpoint,
+    source_files: _SourceFiles,
     writer: PackedWriter,
     layer: int,
     layout: str,
@@ -241,6 +245,7 @@ def _convert_layer(
     for shard, start in enumerate(range(0, sizes.num_experts, per_shard)):
         files |= write_shard(shard, range(start, min(start + per_shard, sizes.num_experts)))
     source.close()
+    source_files.check_layer(layer)
     writer.finish_layer(layer, files)
     progress.finish_layer(layer)
 
@@ -263,29 +268,65 @@ def _pack(source: Checkpoint, layer: int, expert: int, layout: str, *matrices: t
 # --- source files ---
 
 
-class _SourceHashes:
-    """SHA-256 of the files that hold experts, kept beside the output until the conversion is complete."""
+class _SourceFiles:
+    """The files that hold experts: keeps layers of two sources from getting into one folder.
+
+    A file may not change from the first layer that is made from it to its SHA-256, which the finished folder records.
+    Until the hash is known, the size and the time in the manifest stand for it. Hashes of files that were read are kept
+    beside the output until the conversion is complete.
+    """
 
     def __init__(self, source: Checkpoint, writer: PackedWriter) -> None:
         self._source = source
         self._writer = writer
+        self._files = sorted({file for layer in source.layers for file in source.files(layer)})
+        # Size and time that every use of a file in this run must find.
+        self._begun = {file: self._stat(file) for file in self._files}
         self._state = writer.load_source_state()
         self._recorded: dict[str, str] = writer.manifest.get("source_sha256") or {
             file: entry["sha256"] for file, entry in self._state.items()
         }
         self._stopped = False
-        self._files = sorted({file for layer in source.layers for file in source.files(layer)})
 
     def _stat(self, file: str) -> tuple[int, int]:
         status = (self._source.folder / file).stat()
         return status.st_size, status.st_mtime_ns
 
-    def check_recorded(self) -> None:
-        """Refuse to mix layers of two sources: every file hashed before must still be the same."""
+    def _check_unchanged(self, file: str, found: tuple[int, int]) -> None:
+        if found != self._begun[file]:
+            raise self._changed(file)
+
+    def _changed(self, file: str) -> ValueError:
+        return ValueError(
+            f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give another output "
+            f"folder, or delete this one."
+        )
+
+    def begin(self) -> None:
+        """Refuse a source that finished layers were not made from, and record this one before the first layer.
+
+        Raises
+        ------
+        ValueError
+            A file has another hash, or, where none is known, another size or time than a finished layer was made from.
+        """
+        self._check_hashed()
+        times = self._writer.source_mtime_ns
+        made_from = {file for layer in self._writer.finished_layers for file in self._source.files(layer)}
+        for file in self._files:
+            # Sizes were compared when the folder was opened; the file must not have been replaced since.
+            self._check_unchanged(file, (self._writer.manifest["source_bytes"][file], self._begun[file][1]))
+            if file in made_from and file not in self._recorded and times.get(file) != self._begun[file][1]:
+                raise self._changed(file)
+        self._writer.record_source_times({file: mtime_ns for file, (_, mtime_ns) in self._begun.items()})
+
+    def _check_hashed(self) -> None:
         again = [file for file in self._recorded if not self._is_as_hashed(file)]
+        if not again:
+            return
         progress = Progress(
             "checking the source",
-            total_bytes=sum(self._stat(file)[0] for file in again),
+            total_bytes=sum(self._begun[file][0] for file in again),
             total_layers=len(again),
             logger=logger,
             unit="file",
@@ -293,10 +334,7 @@ class _SourceHashes:
         try:
             for file in again:
                 if self._hash(file, progress.add) != self._recorded[file]:
-                    raise ValueError(
-                        f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give "
-                        f"another output folder, or delete this one."
-                    )
+                    raise self._changed(file)
                 self._remember(file, self._recorded[file])
                 progress.finish_layer(file)
         finally:
@@ -305,7 +343,12 @@ class _SourceHashes:
     def _is_as_hashed(self, file: str) -> bool:
         """Whether size and time of a file are those it had when it was hashed."""
         entry = self._state.get(file)
-        return entry is not None and (entry["bytes"], entry["mtime_ns"]) == self._stat(file)
+        return entry is not None and (entry["bytes"], entry["mtime_ns"]) == self._begun[file]
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse to keep a layer whose files changed in this run."""
+        for file in self._source.files(layer):
+            self._check_unchanged(file, self._stat(file))
 
     def missing(self, layers: list[int]) -> list[str]:
         """Files without a hash, those of the given layers first, in the order they are needed."""
@@ -319,7 +362,8 @@ class _SourceHashes:
             self._remember(file, digest)
 
     def _remember(self, file: str, digest: str) -> None:
-        size, mtime_ns = self._stat(file)
+        self._check_unchanged(file, self._stat(file))
+        size, mtime_ns = self._begun[file]
         self._state[file] = {"bytes": size, "mtime_ns": mtime_ns, "sha256": digest}
         self._writer.store_source_state(self._state)
 

@@ -32,6 +32,8 @@ from kt_kernel.progress import Progress
 logger = logging.getLogger("kt_kernel.converter")
 
 _LOCK = ".kt-convert.lock"
+# Key of the manifest, which has the sizes, too.
+_SOURCE_TIMES = "source_mtime_ns"
 # Sizes, times and hashes of source files already read: spares a resumed run from hashing terabytes again. Removed at
 # the end, so the result depends on the source's contents only.
 _STATE = ".kt-source-state.json"
@@ -50,6 +52,7 @@ class PackedWriter:
         Created where missing. Must be empty or an unfinished (or finished) conversion of the same description.
     description : PackedDescription
         What is being made.
+
     Raises
     ------
     ValueError
@@ -191,12 +194,24 @@ class PackedWriter:
         self.manifest["source_sha256"] = dict(sorted(source_sha256.items()))
         self.manifest["copied_files"] = dict(sorted(copied_files.items()))
         self.manifest["complete"] = True
+        self.manifest.pop(_SOURCE_TIMES, None)
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest))
 
-    # --- hashes of the source ---
+    # --- the source ---
+
+    @property
+    def source_mtime_ns(self) -> dict[str, int]:
+        """Time of every source file, by name, as recorded before the first layer; empty once complete."""
+        return dict(self.manifest.get(_SOURCE_TIMES, {}))
+
+    def record_source_times(self, mtime_ns: dict[str, int]) -> None:
+        """Keep the times of the source files in the manifest until the conversion is complete."""
+        if not self.complete and self.source_mtime_ns != mtime_ns:
+            self.manifest[_SOURCE_TIMES] = mtime_ns
+            self._write_manifest()
 
     def load_source_state(self) -> dict[str, dict]:
         """Hashes of source files taken by an earlier run: name -> {bytes, mtime_ns, sha256}."""

@@ -9,12 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import config_of, random_experts, write_checkpoint
+from checkpoints import config_of, layer_tensors, random_experts, write_checkpoint
+from safetensors.torch import save_file
 
 import kt_kernel
 from kt_kernel import converter, launch_server, packed_writer
@@ -386,6 +388,90 @@ def test_a_source_of_equal_size_and_other_weights_is_refused(
     path.write_bytes(data)
     assert run(source, output) == 1
     assert "model-00002-of-00002.safetensors has changed since" in caplog.text
+
+
+def layers_in_files_of_their_own(folder: Path, seeds: dict[int, int]) -> Path:
+    """A checkpoint with a file for each layer."""
+    folder.mkdir(exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for layer, seed in seeds.items():
+        tensors = layer_tensors(layer, random_experts(E, H, INNER, seed=seed))
+        save_file(tensors, folder / f"{layer}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{layer}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config_of(random_experts(E, H, INNER), len(seeds))))
+    return folder
+
+
+def later(path: Path) -> None:
+    """Let a file look written a second later."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+@pytest.fixture
+def killed_before_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a conversion killed after layer 0 of 2, when no source file had been hashed."""
+    source = layers_in_files_of_their_own(tmp_path / "source", {0: 1, 1: 2})
+    real = packed_writer.PackedWriter.finish_layer
+
+    def dying(*args) -> None:
+        real(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_writer.PackedWriter, "finish_layer", dying)
+        patch.setattr(packed_writer.PackedWriter, "store_source_state", lambda *args: None)
+        with pytest.raises(Killed):
+            run(source, tmp_path / "o")
+    assert list(read_manifest(tmp_path / "o")["layers"]) == ["0"]
+    return tmp_path / "o"
+
+
+def test_a_source_replaced_before_it_was_hashed_is_refused(
+    tmp_path: Path, killed_before_the_hash: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = killed_before_the_hash
+    old = tmp_path / "source" / "0.safetensors"
+    size, data, times = old.stat().st_size, old.read_bytes(), old.stat()
+    layers_in_files_of_their_own(tmp_path / "source", {0: 11, 1: 12})
+    later(old)
+    assert old.stat().st_size == size and old.read_bytes() != data
+    assert run(tmp_path / "source", output) == 1
+    assert "0.safetensors has changed since" in caplog.text
+    assert list(read_manifest(output)["layers"]) == ["0"]
+    # Back again, and only a file replaced that no layer was made from: all is of one source.
+    old.write_bytes(data)
+    os.utime(old, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(tmp_path / "source", output) == 0
+    assert run(tmp_path / "source", tmp_path / "whole") == 0
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_source_that_changes_while_it_is_converted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, listed: bool
+) -> None:
+    source = layers_in_files_of_their_own(tmp_path / "source", {0: 1, 1: 2})
+    written = threading.Event()
+    method = "finish_layer" if listed else "write_shard"
+    real, real_hash = getattr(packed_writer.PackedWriter, method), converter._SourceFiles._hash
+
+    def write_and_change(*args):
+        result = real(*args)
+        later(source / "0.safetensors")
+        written.set()
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_writer.PackedWriter, method, write_and_change)
+        patch.setattr(converter._SourceFiles, "_hash", lambda *args: written.wait(60) and real_hash(*args))
+        assert run(source, tmp_path / "o") == 1
+    assert "0.safetensors has changed since" in caplog.text
+    manifest = read_manifest(tmp_path / "o")
+    assert not manifest["complete"] and ("0" in manifest["layers"]) == listed
+    # A layer that was not kept can be made again; one that was kept is of another file.
+    assert run(source, tmp_path / "o") == (1 if listed else 0)
 
 
 def test_memory_is_one_file_and_a_few_experts(tmp_path: Path) -> None:
