@@ -37,7 +37,7 @@ task_asan() { ## run the C++ tests under AddressSanitizer and UndefinedBehaviorS
 
 task_tsan() { ## run the tests of the pool and the stream under ThreadSanitizer
   cpp_tests tsan "${sanitizer[@]}" -DKT_SANITIZE=thread
-  ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream' "$@"
+  ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream|engine' "$@"
 }
 
 task_bench() { ## build and run the kernel bench; more arguments go to it
@@ -45,11 +45,9 @@ task_bench() { ## build and run the kernel bench; more arguments go to it
   build/test/bench_kernels "$@"
 }
 
-task_lint() { ## ruff on Python, clang-format (if installed) on C++, bash -n on shell
+task_lint() { ## ruff on Python, clang-format on C++, bash -n on shell
   "$python" -m ruff check .
-  if command -v clang-format >/dev/null; then
-    find csrc tests -name '*.h' -o -name '*.cpp' | xargs clang-format --dry-run
-  fi
+  find csrc tests -name '*.h' -o -name '*.cpp' | xargs "$(dirname "$python")/clang-format" --dry-run --Werror
   for script in install.sh scripts/*.sh .ci/run; do bash -n "$script"; done
 }
 
