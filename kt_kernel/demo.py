@@ -13,6 +13,8 @@ model computes, whatever the router picks. Two changes that keep the function ma
 from __future__ import annotations
 
 import argparse
+import fcntl
+import glob
 import json
 import logging
 import os
@@ -27,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kt_kernel.files import PART_PREFIX
 
 logger = logging.getLogger("kt_kernel.demo")
 
@@ -52,6 +56,8 @@ class Upcycling:
     sigma: float = RESCALE_SIGMA
 
     def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"experts is {self.num_experts}; it must be at least 1.")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top-k is {self.top_k}; it must be 1 to the number of experts, {self.num_experts}.")
 
@@ -205,10 +211,34 @@ def write_shards(
     return total_bytes
 
 
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None: another holds it, or it cannot be."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove the unfinished folders of killed runs; those of running ones are locked."""
+    for left in parent.glob(glob.escape(prefix) + "*"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
 def make_demo(output: Path, upcycling: Upcycling, *, gguf: Path | None = None) -> None:
     """Write the demo model as a Hugging Face checkpoint.
 
-    The folder appears complete or not at all: it is made under another name beside `output` and renamed.
+    The folder appears complete or not at all: it is made under another name beside `output` and renamed. What killed
+    runs left there is removed.
 
     Raises
     ------
@@ -223,7 +253,10 @@ def make_demo(output: Path, upcycling: Upcycling, *, gguf: Path | None = None) -
 
     gguf = gguf or find_gguf()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    prefix = f"{PART_PREFIX}{output.name}-"
+    _remove_left(output.parent, prefix)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    lock = _lock(partial)
     try:
         started = time.monotonic()
         model, tokenizer = load_gguf(gguf)
@@ -245,6 +278,9 @@ def make_demo(output: Path, upcycling: Upcycling, *, gguf: Path | None = None) -
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     logger.info(
         "wrote %s: %d layers of %d experts, %d a token, %.1f GB in bf16, in %.0f s",
         output, config["num_hidden_layers"], upcycling.num_experts, upcycling.top_k, num_bytes / 1e9,
@@ -265,7 +301,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base = Upcycling(num_experts=4) if args.small else Upcycling()
     try:
-        upcycling = Upcycling(num_experts=args.experts or base.num_experts, top_k=args.top_k or base.top_k)
+        upcycling = Upcycling(
+            num_experts=base.num_experts if args.experts is None else args.experts,
+            top_k=base.top_k if args.top_k is None else args.top_k,
+        )
         make_demo(args.output, upcycling)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"kt_kernel.demo: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,10 +92,41 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".kt-part-model-dead", ".kt-part-model-running", ".kt-part-other-dead", ".model-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-0.safetensors").write_bytes(b"half")
+    kept = {".kt-part-model-running", ".kt-part-other-dead", ".model-mine"}
+    seen: list[set[str]] = []
+
+    def fail(_path: Path) -> Any:
+        seen.append({path.name for path in tmp_path.iterdir()})
+        demo._remove_left(tmp_path, ".kt-part-model-")  # another run, which begins now
+        assert {path.name for path in tmp_path.iterdir()} == seen[0]
+        raise ValueError("no such model")
+
+    from kt_kernel.integrations import transformers
+
+    monkeypatch.setattr(transformers, "load_gguf", fail)
+    lock = demo._lock(tmp_path / ".kt-part-model-running")
+    assert lock is not None
+    with pytest.raises(ValueError, match="no such model"):
+        demo.make_demo(tmp_path / "model", demo.Upcycling(), gguf=tmp_path / "x.gguf")
+    os.close(lock)
+    (own,) = seen[0] - kept
+    assert own.startswith(".kt-part-model-") and seen[0] - {own} == kept
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--top-k", "9"], "top-k is 9"), ([], "exists already")],
-    ids=["top_k", "exists"],
+    [
+        (["--top-k", "9"], "top-k is 9"),
+        (["--top-k", "0"], "top-k is 0"),
+        (["--experts", "0"], "experts is 0"),
+        ([], "exists already"),
+    ],
+    ids=["top_k", "top_k_0", "experts_0", "exists"],
 )
 def test_command_line_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
