@@ -26,6 +26,7 @@ import server
 pytestmark = pytest.mark.server
 
 TOLERANCE = {"BF16": 0.004, "AMXINT8": 0.006, "AMXINT4": 0.006}
+SCALED_EXPERTS = 1.5  # the tiny DeepSeek-V2 multiplies its experts' output, and so their error, by 2.5
 SENSITIVITY = 5  # a fault moves the measure by at least so many tolerances
 TEXTS = (
     b"The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. How vexingly quick daft "
@@ -34,6 +35,11 @@ TEXTS = (
     b"0123456789" * 9,
 )
 WITHOUT_CACHE = ["--disable-radix-cache"]  # a cached prefix would be computed once and compared twice
+
+
+def tolerance(model: models.TinyModel, method: str) -> float:
+    """Nats that server and oracle of a method may be apart."""
+    return TOLERANCE[method] * (SCALED_EXPERTS if model is models.DEEPSEEK_V2 else 1)
 
 
 def teacher_forced(running: server.Server) -> list[float]:
@@ -92,7 +98,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_measure_sees_wrong_experts(oracle: Oracle, fault: str) -> None:
     moved = distance(oracle.logprobs["BF16"], oracle.logprobs[fault])
     print(f"{fault}: {moved:.4f}")
-    assert moved >= SENSITIVITY * max(TOLERANCE.values())
+    assert moved >= SENSITIVITY * max(tolerance(oracle.model, method) for method in TOLERANCE)
 
 
 def check_activation(log: str, model: models.TinyModel, method: str) -> None:
@@ -116,11 +122,12 @@ def test_same_logprobs_as_plain_sglang(oracle: Oracle, method: str) -> None:
     with server.serve(oracle.folder / "BF16", flags, log_path=log_path) as running:
         check_activation(running.log, oracle.model, method)
         found = teacher_forced(running)
-        assert distance(found, oracle.logprobs[method]) < TOLERANCE[method]
+        allowed = tolerance(oracle.model, method)
+        assert distance(found, oracle.logprobs[method]) < allowed
         print(f"{method}: {distance(found, oracle.logprobs[method]):.4f}")
         from_quantization = distance(oracle.logprobs[method], oracle.logprobs["BF16"])
         # the tenths left out of the three means are not the same ones, hence twice
-        assert distance(found, oracle.logprobs["BF16"]) < 2 * (from_quantization + TOLERANCE[method])
+        assert distance(found, oracle.logprobs["BF16"]) < 2 * (from_quantization + allowed)
         check_concurrent_tokens(running)
 
 
