@@ -34,7 +34,8 @@ TEXTS = (
     bytes(range(32, 127)) * 2,
     b"0123456789" * 9,
 )
-WITHOUT_CACHE = ["--disable-radix-cache"]  # a cached prefix would be computed once and compared twice
+# a cached prefix would be computed once and compared twice; every decode step logs how many requests it had
+WITHOUT_CACHE = ["--disable-radix-cache", "--decode-log-interval", "1"]
 
 
 def tolerance(model: models.TinyModel, method: str) -> float:

@@ -249,9 +249,12 @@ def check_resolved(server_args: Any, source: ExpertSource) -> None:
 
 def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     """Return the host memory the launch needs at least."""
+    from sglang.srt.configs.model_config import ModelConfig
+
     num_gpu_experts = server_args.kt_num_gpu_experts or 0
     experts = source.bytes_of(source.num_experts - num_gpu_experts)
-    model_config = server_args.get_model_config()
+    # not ServerArgs.get_model_config: 0.5.23 has none
+    model_config = ModelConfig.from_server_args(server_args)
     num_tokens = max(server_args.chunked_prefill_size or 0, 1024)
     top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
     scratch = num_tokens * top_k * (source.hidden_size + 3 * source.intermediate_size) * 4
