@@ -98,6 +98,10 @@ class Server:
 
     def load_weights_of(self, model: Path) -> None:
         """Put the weights of another checkpoint of the same shapes into the running server (not under ``--kt-*``)."""
+        # SGLang's scheduler dies if a request, its own health check included, still runs when the weights are there:
+        # flushing the cache waits for all of them
+        with _opener.open(self.url + "/flush_cache?timeout=60", data=b"", timeout=90):
+            pass
         answer = self.post("/update_weights_from_disk", {"model_path": str(model)})
         assert answer["success"], answer
 
