@@ -57,6 +57,12 @@ def test_hooks_of_a_cuda_host_leave_sglangs_methods(monkeypatch: pytest.MonkeyPa
     assert plugin.METHOD + "apply" in [hook.target for hook in plugin.hooks_for_this_host()]
 
 
+def test_flags_are_refused_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"need the CUDA hand-off.*CUDA_VISIBLE_DEVICES= python"):
+        checks.check_flags(SimpleNamespace(kt_weight_path="anywhere", kt_method="AMXINT8"))
+
+
 def test_gated_shared_expert() -> None:
     generator = torch.Generator().manual_seed(1)
     hidden, shared, routed = (torch.randn(5, 64, generator=generator).bfloat16() for _ in range(3))

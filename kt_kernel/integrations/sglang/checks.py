@@ -117,6 +117,11 @@ def check_flags(args: Any) -> ExpertSource:
             "--kt-* flags are given without --kt-weight-path, so no expert would run on the CPU; add "
             "--kt-weight-path DIR (a bf16 checkpoint, or the output of scripts/convert_cpu_weights.py) or remove them."
         )
+    if torch.cuda.is_available():
+        raise ValueError(
+            "--kt-* flags on a host with a GPU need the CUDA hand-off, which this version does not have yet; hide the GPU "
+            "(CUDA_VISIBLE_DEVICES= python -m kt_kernel.launch_server ...) to serve on the CPU, or remove the flags."
+        )
     source = expert_source(args.kt_weight_path, args.kt_method)
     num_gpu_experts = args.kt_num_gpu_experts or 0
     if not 0 <= num_gpu_experts <= source.num_experts:
@@ -207,7 +212,7 @@ def adjust(args: Any, source: ExpertSource) -> None:
     if args.watchdog_timeout == SGLANG_WATCHDOG_SECONDS:
         args.watchdog_timeout = WATCHDOG_SECONDS
         logger.info("kt_kernel: --watchdog-timeout raised from %d to %d s", SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS)
-    if not torch.cuda.is_available() and not args.sleep_on_idle:
+    if not args.sleep_on_idle:
         # SGLang's scheduler polls: on a CPU host an idle server would keep one of the cores the experts need
         args.sleep_on_idle = True
     if not args.disable_shared_experts_fusion:
@@ -258,8 +263,6 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     num_tokens = max(server_args.chunked_prefill_size or 0, 1024)
     top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
     scratch = num_tokens * top_k * (source.hidden_size + 3 * source.intermediate_size) * 4
-    if torch.cuda.is_available():
-        return memory.Needs(experts=experts, other_weights=0, kv_pool=0, scratch=scratch)
     if num_gpu_experts:
         experts += source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
     pool_tokens = server_args.max_total_tokens or min(model_config.context_len, num_tokens)
