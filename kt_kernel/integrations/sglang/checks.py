@@ -120,7 +120,8 @@ def check_flags(args: Any) -> ExpertSource:
     if torch.cuda.is_available():
         raise ValueError(
             "--kt-* flags on a host with a GPU need the CUDA hand-off, which this version does not have yet; hide the "
-            "GPU (CUDA_VISIBLE_DEVICES= python -m kt_kernel.launch_server ...) to serve on the CPU, or remove the flags."
+            "GPU (CUDA_VISIBLE_DEVICES= python -m kt_kernel.launch_server ...) to serve on the CPU, or remove the "
+            "flags."
         )
     source = expert_source(args.kt_weight_path, args.kt_method)
     num_gpu_experts = args.kt_num_gpu_experts or 0
