@@ -68,7 +68,9 @@ stop_server() {
   [[ -n $server ]] || return 0
   # the main process ends the others in order; a signal to all would look like a crash to it
   kill -TERM "$server" 2>/dev/null || true
-  for _ in {1..200}; do
+  say "stopping the server"
+  # an orderly end takes 5 s; while SGLang starts its processes it may take no notice of the signal
+  for _ in {1..100}; do
     kill -0 -- "-$server" 2>/dev/null || break
     sleep 0.1
   done
@@ -79,6 +81,8 @@ trap stop_server EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# before minutes of work; the client needs nothing but Python's own library
+if [[ -n $port ]]; then python3 "$repo/scripts/quickstart_client.py" port --port "$port" >/dev/null || exit 1; fi
 ((skip_install)) || "$repo/install.sh" --demo
 python=$(environment_python)
 [[ -x $python ]] || fail "there is no environment at $python; run scripts/quickstart.sh without --skip-install"
