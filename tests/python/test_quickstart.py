@@ -106,6 +106,8 @@ def test_ctrl_c_stops_the_server() -> None:
         text=True,
         env=environment(),
         start_new_session=True,
+        # a test run started in the background ignores SIGINT, and bash cannot trap what it was born ignoring
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
     for line in process.stdout:
