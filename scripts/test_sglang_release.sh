@@ -19,4 +19,4 @@ KT_SGLANG_VERSION=$version ./install.sh --test --editable --venv "$venv"
   "$venv/bin/python" -m kt_kernel.collect_env
   echo
   "$venv/bin/python" -m pytest tests/python -q -m 'server and not full' -rs --durations=0 --timeout=900
-} 2>&1 | sed "s|$PWD|.|g" | tee "$report"
+} 2>&1 | sed -u "s|$PWD|.|g" | tee "$report"
