@@ -36,18 +36,17 @@ struct MoeCounters {
   uint64_t busy_ns = 0;       // wall time inside forward()
 };
 
+class MoeScratch;
+
 // output[t] = sum over slots s with topk_ids[t, s] here, in ascending (expert, slot) order:
 //               topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)
 //
-// Bits     the same input gives the same output for any thread and node count; for integer layouts
-// for any batch
-//          composition too.
+// Bits     the same input gives the same output for any thread and node count; for integer
+//          layouts for any batch composition too.
 // Errors   kt::Error naming the layer: ids out of range, an expert that was not loaded.
 // Threads  forward() by one thread at a time (the CPU stream's); counters() from any.
-// Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch is
-// cut into passes of at
-//          most 4096 tokens and 32768 rows.
-class MoeScratch;
+// Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch
+//          is cut into passes of at most 4096 tokens and 32768 rows.
 class MoeLayer {
  public:
   MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
