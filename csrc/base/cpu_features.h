@@ -38,9 +38,8 @@ std::string isa_tier(IsaSet isa);
 // Applies a KT_FORCE_ISA value to what was found.
 //
 // Grammar  tier[,-feature]...   tiers reference avx2 avx512 amx; features as isa_name prints them,
-// with or
-//          without the "avx512" prefix ("-vnni" and "-avx512vnni" are the same). A tier allows
-//          every feature at or below it that the host has. Empty or null: everything found.
+//          with or without the "avx512" prefix ("-vnni" and "-avx512vnni" are the same). A tier
+//          allows every feature at or below it that the host has. Empty or null: everything found.
 // Errors   kt::Error naming the value and the allowed words, or a tier the host lacks.
 CpuFeatures choose_features(IsaSet found, const char* force);
 

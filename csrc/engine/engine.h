@@ -19,7 +19,8 @@ namespace kt {
 // caller's), and the scratch of all layers.
 //
 // Threads   stream().submit() from any thread; everything that runs on the pool goes through the
-// stream. Lifetime  layers hold their engine; the destructor waits for queued jobs.
+//           stream.
+// Lifetime  layers hold their engine; the destructor waits for queued jobs.
 class Engine {
  public:
   // As plan_pool(): 0 means "all usable".
@@ -72,7 +73,7 @@ struct PendingForward {
 // Thread-safe.
 int64_t add_pending(PendingForward pending);
 // Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was
-// closed.
+//         closed.
 PendingForward take_pending(int64_t ticket);
 
 }  // namespace kt

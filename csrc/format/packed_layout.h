@@ -5,11 +5,12 @@
 // padded with zeros to padded_k, n to whole panels (codes, scales and compensation 0). A panel is
 // one ascending stream of 64-byte lines:
 //
-//   int8  [padded_k / 4][64 columns][4 k] int8 codes; then int32 compensation[64] = -128 * sum_k
-//   code; then fp32 scale[64] int4  for each group g of group_size k (the last may be short):
-//   [group / 8][64 columns][4 bytes], byte j of a column
-//         holding code k + j in its low and code k + 4 + j in its high nibble, stored unsigned as
-//         code + 8; then bf16 scale[64] of the group. group_size 0: one group of padded_k.
+//   int8  [padded_k / 4][64 columns][4 k] int8 codes; then int32 compensation[64] =
+//         -128 * sum_k code; then fp32 scale[64]
+//   int4  for each group g of group_size k (the last may be short): [group / 8][64 columns]
+//         [4 bytes], byte j of a column holding code k + j in its low and code k + 4 + j in its
+//         high nibble, stored unsigned as code + 8; then bf16 scale[64] of the group.
+//         group_size 0: one group of padded_k.
 //   bf16  [padded_k / 2][64 columns][2 k]
 //
 // So each k-step is four lines: line j holds columns 16j .. 16j + 15.

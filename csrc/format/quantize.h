@@ -26,23 +26,25 @@ struct QuantizationError {
 
 // Quantizes and packs one panel.
 //
-// int8   per row: scale = max|w| / 127 (w after rotation), code = round_to_nearest_even(w / scale)
-// in -127..127. int4   per row and group: the bf16 scale (either sign, so that -8 is used) and
-// codes in -8..7 with the least
-//        squared error over a search of clip ratios followed by a least-squares refit.
-// bf16   round to nearest even (fp16 and fp32 sources), copy (bf16).
-// Rows and groups with max|w| < 2^-100 get scale 0 and codes 0.
+// int8      per row: scale = max|w| / 127 (w after rotation),
+//           code = round_to_nearest_even(w / scale) in -127..127.
+// int4      per row and group: the bf16 scale (either sign, so that -8 is used) and codes in -8..7
+//           with the least squared error over a search of clip ratios followed by a least-squares
+//           refit.
+// bf16      round to nearest even (fp16 and fp32 sources), copy (bf16).
+// Zeros     rows and groups with max|w| < 2^-100 get scale 0 and codes 0.
 // Shapes    dst holds layout.panel_bytes(rows.k). error is added to; it may be null.
 // Errors    kt::Error for NaN, infinity, |w| > 2^50 (int8, int4) or what rounds to infinity (bf16)
-// in the source; it
-//           names row and column of the panel. dst is then undefined.
+//           in the source; it names row and column of the panel. dst is then undefined.
 // Threads   re-entrant.
 void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst,
                     QuantizationError* error);
 
 // Packs given codes [64, padded_k] int8 and scales [64, num_groups] fp32 (bf16 layouts: codes is
-// bf16 bits, no scales). int4 scales are rounded to bf16. Errors    kt::Error for a code outside
-// the layout's range (int8 -127..127, int4 -8..7) or a scale that is not finite.
+// bf16 bits, no scales). int4 scales are rounded to bf16.
+//
+// Errors  kt::Error for a code outside the layout's range (int8 -127..127, int4 -8..7) or a scale
+//         that is not finite.
 void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales,
                 uint8_t* dst);
 

@@ -21,18 +21,20 @@ constexpr int kMaxIntegerK = 65536;
 // c[i, j] = sum_k a[row(i), k] * w[j, k], for one panel of 64 columns, i in [0, m).
 //
 // Formula   int8   c = (float(sum_k qa * qw) * w_scale[j]) * a_scale[row]
-//           int4   acc = 0; for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j],
-//           acc); c = acc * a_scale[row] bf16   c = sum_k a * w in fp32, order and rounding free
-//           within a tier but the same for every m Integer sums are exact, so int8 and int4 give
-//           the same bits on every tier, for every m.
+//           int4   acc = 0;
+//                  for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j], acc);
+//                  c = acc * a_scale[row]
+//           bf16   c = sum_k a * w in fp32, order and rounding free within a tier but the same for
+//                  every m
+//           Integer sums are exact, so int8 and int4 give the same bits on every tier, for every m.
 // Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's
-// a_dtype);
-//           a_scale [rows]; a_group_sum [rows, groups], sum of the int8 codes of each weight group
-//           (int4 only); panel as PackedLayout describes, or what ExpandFn wrote if the kernel has
-//           one; c [m, 64], overwritten.
+//           a_dtype); a_scale [rows]; a_group_sum [rows, groups], sum of the int8 codes of each
+//           weight group (int4 only); panel as PackedLayout describes, or what ExpandFn wrote if
+//           the kernel has one; c [m, 64], overwritten.
 // Units     a_stride_bytes in bytes; c_stride and a_group_sum_stride in elements.
 // Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32, or k for one scale a
-// row; group_size <= k. Threads   re-entrant.
+//           row; group_size <= k.
+// Threads   re-entrant.
 struct GemmArgs {
   const void* a;
   int64_t a_stride_bytes;
@@ -51,7 +53,9 @@ struct GemmArgs {
 using GemmFn = void (*)(const GemmArgs&);
 
 // Unpacks one int4 panel for many rows: scratch = uint8 codes (q + 8) as [k/4][64][4], then fp32
-// scales [groups][64]. Shapes    scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
+// scales [groups][64].
+//
+// Shapes  scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
 using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
 
 // Reads every 64-byte line of [data, data + bytes) once, as fast as one thread of the tier can;
@@ -85,8 +89,8 @@ struct RowwiseOps {
 
   // Symmetric int8 with one scale a row.
   //   amax = max |x|; amax < 2^-100: scale 0, codes 0; amax not finite: scale NaN, codes 0;
-  //   else scale = amax / 127, inverse = 127 / amax, code[i] = round_to_nearest_even(x[i] *
-  //   inverse).
+  //   else scale = amax / 127, inverse = 127 / amax,
+  //        code[i] = round_to_nearest_even(x[i] * inverse).
   // codes[i] = code + offset as a byte (offset 0 or 128). group_sum[g] = sum of code over
   // [g*group_size, (g+1)*group_size), the last group may be short; group_size a multiple of 32;
   // null group_sum: not wanted. n a multiple of 64.

@@ -31,8 +31,10 @@ class ExpertStore {
 
   // Rows of one expert in a float type: gate, up [intermediate_size, hidden_size], down
   // [hidden_size, intermediate_size], row-major. Quantizes and packs on the pool, each panel on the
-  // node that owns it. Errors (load and load_packed)  kt::Error for an expert without a place here,
-  // or twice in one call.
+  // node that owns it.
+  //
+  // Errors  (load and load_packed) kt::Error for an expert without a place here, or twice in one
+  //         call.
   struct Source {
     int expert;
     const void* gate;

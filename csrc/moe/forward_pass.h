@@ -20,11 +20,14 @@ struct ActivationRows {
 };
 
 // Phases, a barrier between each:
-//   few rows   1. quantize tokens (every worker all of them, into its own buffer); w13 panels, SiLU
-//   and multiply
+//   few rows   1. quantize tokens (every worker all of them, into its own buffer); w13 panels,
+//                 SiLU and multiply
 //              2. quantize intermediate rows (the same way); w2 panels, weighted sum
-//   many rows  1. quantize tokens (shared)  2. w13 panels, SiLU and multiply  3. quantize rows
-//   (shared)  4. w2 panels
+//   many rows  1. quantize tokens (shared)
+//              2. w13 panels, SiLU and multiply
+//              3. quantize rows (shared)
+//              4. w2 panels, weighted sum
+//
 // A worker owns whole output columns of w2 and walks the experts in ascending order: the sum needs
 // no partial buffer, no atomics, and has one order for any number of threads.
 class ForwardPass {

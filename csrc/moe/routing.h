@@ -11,8 +11,8 @@ namespace kt {
 // Which experts are computed here: experts marked in `skip` (they live on the GPU) and ids of -1
 // are dropped.
 //
-// Order   experts ascending; within an expert by (token, slot) ascending. This is the order of the
-// weighted sum.
+// Order  experts ascending; within an expert by (token, slot) ascending. This is the order of the
+//        weighted sum.
 struct Routing {
   std::vector<int32_t> experts;  // experts with at least one row, ascending
   std::vector<int32_t>
@@ -26,6 +26,7 @@ struct Routing {
 
 // topk_ids [num_tokens, top_k] (kInt32 or kInt64), topk_weights [num_tokens, top_k] fp32, both
 // contiguous. skip [num_experts] of 0/1, or null. `routing` is overwritten and keeps its capacity.
+//
 // Errors  kt::Error for an id below -1 or >= num_experts (names token, slot, id and the limit).
 void route(const void* topk_ids, DType id_dtype, const float* topk_weights, int num_tokens,
            int top_k, int num_experts, const uint8_t* skip, Routing& routing);

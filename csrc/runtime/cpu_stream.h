@@ -14,11 +14,11 @@ namespace kt {
 //   done       whoever ran it                            wait(ticket), by any thread
 //
 // Ordering  jobs run in the order of submit(); everything a job wrote is visible to a wait() that
-// returned for its
-//           ticket or a later one.
+//           returned for its ticket or a later one.
 // Errors    an exception of a job is kept under its ticket and rethrown by wait(ticket), once;
-// later jobs run. Threads   submit() and wait() from any thread. Lifetime  the destructor runs what
-// is queued, then joins.
+//           later jobs run.
+// Threads   submit() and wait() from any thread.
+// Lifetime  the destructor runs what is queued, then joins.
 class CpuStream {
  public:
   // thread_start runs first on the stream's thread (pinning, naming).

@@ -18,9 +18,10 @@ struct PageReport {
 // Owns one mapping; frees it all at once. Movable, not copyable. Thread-safe after construction.
 //
 // Pages are zero until written. The binding is a preference: a node that is full spills instead of
-// failing. Errors  kt::Error if the mapping itself is refused (names bytes and node). A refused
-// mbind or madvise is
-//         not an error: bound() and warning() tell.
+// failing.
+//
+// Errors  kt::Error if the mapping itself is refused (names bytes and node). A refused mbind or
+//         madvise is not an error: bound() and warning() tell.
 class NumaArena {
  public:
   NumaArena() = default;

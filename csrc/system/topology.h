@@ -49,14 +49,14 @@ struct PoolPlan {
   int num_threads() const;
 };
 
-// Cuts `num_threads` workers out of a topology.
+// Cuts `num_threads` workers out of a topology. Threads are spread over nodes in proportion to
+// their cores, physical cores before hyper-threads; a node never gets zero threads (fewer threads
+// than nodes: fewer nodes, with a warning).
 //
 // num_threads  0: usable physical cores. More than usable CPUs: clamped to them, with a warning.
 // num_nodes    0: all. More than there are: clamped, with a warning.
 // node_ids     explicit nodes in this order; empty: the first num_nodes.
-// Threads are spread over nodes in proportion to their cores, physical cores before hyper-threads;
-// a node never gets zero threads (fewer threads than nodes: fewer nodes, with a warning). Errors
-// kt::Error for negative numbers, unknown or repeated node ids.
+// Errors       kt::Error for negative numbers, unknown or repeated node ids.
 PoolPlan plan_pool(const Topology& topology, int num_threads, int num_nodes,
                    const std::vector<int>& node_ids = {});
 

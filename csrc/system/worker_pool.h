@@ -30,15 +30,12 @@ struct WorkerPoolOptions {
 // SPMD pool. run() is called by one thread at a time (the CPU stream's); that caller is worker 0.
 //
 // Threads   run() from a second thread while one is running throws kt::Error. Construction pins the
-// created
-//           threads only; the caller of run() is pinned by adopt_current_thread().
+//           created threads only; the caller of run() is pinned by adopt_current_thread().
 // Errors    an exception in a phase stops the later phases; the one of the earliest phase, lowest
-// worker index is
-//           rethrown by run(). The pool stays usable.
+//           worker index is rethrown by run(). The pool stays usable.
 // Lifetime  the destructor joins all threads; phases live only for the call.
 // Cost      dispatch + join of two spinning threads: target below 0.5 us; no allocation, no lock,
-// no system call
-//           while workers spin.
+//           no system call while workers spin.
 class WorkerPool {
  public:
   explicit WorkerPool(const PoolPlan& plan, const WorkerPoolOptions& options = {});

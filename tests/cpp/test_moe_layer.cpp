@@ -151,15 +151,13 @@ double relative_error(const std::vector<float>& got, const std::vector<double>& 
 // value is p sigma has an error of p / (c sqrt(12)) of the row. The errors of x, gate and up add in
 // squares, and SiLU's slope and the product carry them on with a gain of about 1.3; then come the
 // intermediate row and down.
-//   bf16         2^-9 for each of two activation roundings, the weights are bf16 already: below
-//   2^-8 int8         normal rows, p about 3.3: 0.75 % an operand, so 1.3 x 1.3 % + 1.1 % in
-//   squares: 2.0 %. Without rotation
-//                the intermediate row, a product of two normals, has p about 6: 1.4 % for that
-//                operand, 2.5 % in all; a tenth of the 80-value rows is larger by half: 3 %
-//   int4         p about 2.1 in a group of 32 (c = 7.5): 8 % a matrix, so 1.3 x 11 % + 8 % in
-//   squares: 17 %; p about 2.6
-//                in 128: 21 %; about 3.3 in a row: 26 %. One fifth more for batches of one or two
-//                tokens.
+//   bf16  2^-9 for each of two activation roundings, the weights are bf16 already: below 2^-8
+//   int8  normal rows, p about 3.3: 0.75 % an operand, so 1.3 x 1.3 % + 1.1 % in squares: 2.0 %.
+//         Without rotation the intermediate row, a product of two normals, has p about 6: 1.4 % for
+//         that operand, 2.5 % in all; a tenth of the 80-value rows is larger by half: 3 %
+//   int4  p about 2.1 in a group of 32 (c = 7.5): 8 % a matrix, so 1.3 x 11 % + 8 % in squares:
+//         17 %; p about 2.6 in 128: 21 %; about 3.3 in a row: 26 %. One fifth more for batches of
+//         one or two tokens.
 double error_bound(const std::string& layout) {
   if (layout.starts_with("bf16")) return 1.0 / 256;
   if (layout.starts_with("int8")) return layout.find("_r") == std::string::npos ? 0.03 : 0.02;
