@@ -48,6 +48,12 @@ EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& 
     : engine(std::move(layer_engine)),
       layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
 
+void EngineLayer::run(const MoeInput& input) { layer.forward(input); }
+
+bool EngineLayer::run_deferred(const MoeInput&) { return false; }
+
+int EngineLayer::chain_position() const { return 0; }
+
 int64_t register_layer(std::shared_ptr<EngineLayer> layer) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);

@@ -48,8 +48,20 @@ class Engine {
 };
 
 // A layer and the engine that runs it.
+//
+// Every forward is two jobs of the engine's stream, in this order and with nothing between them:
+//   run(input)           writes input.output; from here on the caller may be told that it is done
+//   run_deferred(input)  computes what run() left for the successor layer
+// Threads  run() and run_deferred() inside jobs of the engine's stream.
+// Lifetime  input's arrays stay whole until run_deferred() has returned; output is final, and may
+// change, from the return of run().
 struct EngineLayer {
   EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config);
+  void run(const MoeInput& input);
+  // Errors  none: false if nothing was left.
+  bool run_deferred(const MoeInput& input);
+  // 0 for the first layer of a model, one more for each that follows: neighbours differ in parity.
+  int chain_position() const;
   std::shared_ptr<Engine> engine;
   MoeLayer layer;
 };

@@ -86,7 +86,10 @@ at::Tensor moe_forward(const at::Tensor& hidden_states, const at::Tensor& topk_i
   const std::shared_ptr<EngineLayer> target = find_layer(layer);
   const ForwardTensors tensors = check_forward(hidden_states, topk_ids, topk_weights, skip,
                                                target->layer.config(), /*own=*/false);
-  target->engine->run([&] { target->layer.forward(tensors.input()); });
+  target->engine->run([&] {
+    target->run(tensors.input());
+    target->run_deferred(tensors.input());
+  });
   return tensors.output;
 }
 
@@ -97,10 +100,10 @@ at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
   ForwardTensors tensors = check_forward(hidden_states, topk_ids, topk_weights, skip,
                                          target->layer.config(), /*own=*/true);
   const at::Tensor output = tensors.output;
-  MoeLayer* const moe_layer =
-      &target->layer;  // the pending entry keeps it alive, and close_layer waits for the job
+  EngineLayer* const engine_layer =
+      target.get();  // the pending entry keeps it alive, and close_layer waits for the job
   const uint64_t stream_ticket = target->engine->stream().submit(
-      [moe_layer, tensors = std::move(tensors)] { moe_layer->forward(tensors.input()); });
+      [engine_layer, tensors = std::move(tensors)] { engine_layer->run(tensors.input()); });
   const int64_t ticket = add_pending({std::move(target), stream_ticket, output});
   return at::scalar_tensor(ticket, at::kLong).reshape({1});
 }
