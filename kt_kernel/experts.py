@@ -51,6 +51,67 @@ def packed_bytes(layout: str, *, hidden_size: int, intermediate_size: int) -> tu
     return int(w13), int(w2)
 
 
+# csrc/moe/moe_layer.cpp cuts a batch into passes of at most so many tokens and rows (tokens x top_k).
+_PASS_TOKENS, _PASS_ROWS = 4096, 32768
+# csrc/moe/forward_pass.cpp: columns of a panel, rows of a tile, and the activation values up to which every worker
+# quantizes all of them for itself.
+_PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES = 64, 48, 16384
+_HUGE_PAGE = 2 << 20
+
+
+def scratch_bytes(
+    layouts: Sequence[str],
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_tokens: int,
+    top_k: int,
+    num_threads: int,
+) -> int:
+    """Most that an engine's buffers can grow to: ``Engine.scratch_bytes`` after any batches of up to `num_tokens`.
+
+    ``intermediate[rows, I] fp32 + codes[tokens, H] + codes[rows, I] + threads x (columns[tokens, 64] fp32 + ...)``
+
+    Parameters
+    ----------
+    layouts : sequence of str
+        Layouts of the layers that share the engine; each buffer is as large as the most demanding one needs.
+    hidden_size, intermediate_size, top_k : int
+        Sizes of every layer.
+    num_tokens : int
+        Tokens of the largest batch.
+    num_threads : int
+        Threads of the pool.
+    """
+    tokens = min(num_tokens, _PASS_TOKENS, max(1, _PASS_ROWS // top_k))
+    rows = tokens * top_k
+    few_tokens = min(tokens, _REDUNDANT_VALUES // hidden_size)
+    few_rows = min(rows, _REDUNDANT_VALUES // intermediate_size)
+    token_codes, row_codes, worker = 0, 0, 0
+    for layout in layouts:
+        wide, narrow = (_ext.layout_info(layout, 1, k) for k in (hidden_size, intermediate_size))
+        code_bytes = 2 if layout.startswith("bf16") else 1
+
+        def codes(count: int, info: dict, code_bytes: int = code_bytes) -> int:
+            # codes, scales and group sums begin on a cache line each
+            return count * (info["padded_k"] * code_bytes + 4 + 4 * info["num_groups"]) + 3 * 64
+
+        token_codes = max(token_codes, codes(tokens, wide))
+        row_codes = max(row_codes, codes(rows, narrow))
+        k, groups = (max(wide[name], narrow[name]) for name in ("padded_k", "num_groups"))
+        expanded = (k + 4 * groups) * _PANEL_COLUMNS if layout.startswith("int4") else 0
+        columns = 4 * tokens * _PANEL_COLUMNS
+        few = 4 * few_tokens * _PANEL_COLUMNS + codes(few_tokens, wide) + codes(few_rows, narrow)
+        worker = max(worker, 4 * _TILE_ROWS * _PANEL_COLUMNS + 4 * k + 64 + expanded + max(columns, few))
+    intermediate = 4 * rows * -(-intermediate_size // _PANEL_COLUMNS) * _PANEL_COLUMNS
+    return sum(map(_grown, (intermediate, token_codes, row_codes))) + num_threads * _grown(worker)
+
+
+def _grown(num_bytes: int) -> int:
+    """Bytes of a buffer of ``csrc/moe/moe_scratch.h`` that was asked for so many: an eighth more, whole huge pages."""
+    return -(-(num_bytes + num_bytes // 8) // _HUGE_PAGE) * _HUGE_PAGE
+
+
 class CpuExperts:
     """The experts of one layer that are computed on the CPU.
 

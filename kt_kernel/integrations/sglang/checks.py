@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from kt_kernel.checkpoint import model_sizes, read_config
-from kt_kernel.config import MoEConfig
-from kt_kernel.experts import packed_bytes
+from kt_kernel.config import MoEConfig, default_num_threads, usable_cpus
+from kt_kernel.experts import packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import memory
 from kt_kernel.loader import PackedSource, open_source
 from kt_kernel.methods import METHODS, get_method
@@ -259,20 +259,41 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
 
     num_gpu_experts = server_args.kt_num_gpu_experts or 0
     experts = source.bytes_of(source.num_experts - num_gpu_experts)
-    # not ServerArgs.get_model_config: 0.5.23 has none
-    model_config = ModelConfig.from_server_args(server_args)
-    num_tokens = max(server_args.chunked_prefill_size or 0, 1024)
-    top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
-    scratch = num_tokens * top_k * (source.hidden_size + 3 * source.intermediate_size) * 4
     if num_gpu_experts:
         experts += source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
+    # not ServerArgs.get_model_config: 0.5.23 has none
+    model_config = ModelConfig.from_server_args(server_args)
+    num_tokens = batch_tokens(server_args)
+    top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
     pool_tokens = server_args.max_total_tokens or min(model_config.context_len, num_tokens)
     return memory.Needs(
         experts=experts,
         other_weights=memory.bytes_without_experts(Path(server_args.model_path)),
         kv_pool=pool_tokens * memory.kv_bytes_per_token(model_config),
-        scratch=scratch,
+        scratch=forward_bytes(server_args, source, num_tokens=num_tokens, top_k=top_k),
     )
+
+
+def batch_tokens(server_args: Any) -> int:
+    """Return the tokens of the largest forward; at least 1024, which decoding many requests may reach."""
+    chunk = server_args.chunked_prefill_size or 0
+    return max(chunk if chunk > 0 else server_args.max_prefill_tokens, 1024)
+
+
+def forward_bytes(server_args: Any, source: ExpertSource, *, num_tokens: int, top_k: int) -> int:
+    """Return the bytes of a forward of `num_tokens`: the engine's buffers, its copy of the input, and the output."""
+    layouts = [source.layout]
+    if server_args.kt_num_gpu_experts:
+        layouts.append(METHODS["BF16"].layout)
+    buffers = scratch_bytes(
+        layouts,
+        hidden_size=source.hidden_size,
+        intermediate_size=source.intermediate_size,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_threads=min(server_args.kt_cpuinfer or default_num_threads() or usable_cpus(), usable_cpus()),
+    )
+    return buffers + 2 * num_tokens * source.hidden_size * torch.bfloat16.itemsize
 
 
 def check_memory(needs: memory.Needs) -> None:
