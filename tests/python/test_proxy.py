@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import urllib.request
 
 import pytest
@@ -21,7 +22,7 @@ from kt_kernel.integrations.sglang import bypass_proxy_for_own_traffic
     ],
 )
 def test_local_addresses_bypass_and_the_users_hosts_still_do(monkeypatch, lower, upper):
-    wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0"}
+    wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0", "::1"}
     for key, value in (("no_proxy", lower), ("NO_PROXY", upper)):
         monkeypatch.setenv(key, "")  # registers both with monkeypatch, which takes our changes back
         monkeypatch.delenv(key)
@@ -30,6 +31,8 @@ def test_local_addresses_bypass_and_the_users_hosts_still_do(monkeypatch, lower,
             wanted.add("anything.example" if value == "*" else value)
     bypass_proxy_for_own_traffic()
     bypass_proxy_for_own_traffic()  # every process of a server runs it, on what its parent left
+    # some programs read the one, some the other
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"]
     assert all(urllib.request.proxy_bypass_environment(host) for host in wanted)
     if "*" not in (lower, upper):
         assert not urllib.request.proxy_bypass_environment("anything.example")

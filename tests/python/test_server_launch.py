@@ -17,6 +17,8 @@ import pytest
 import server
 from test_server import TOLERANCE, WITHOUT_CACHE, Oracle, ask_oracle, check_concurrent_tokens, distance, teacher_forced
 
+from kt_kernel.methods import METHODS
+
 pytestmark = pytest.mark.server
 
 MODEL = models.QWEN3_MOE_40
@@ -33,8 +35,8 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 REFUSALS = {
     "no_weight_path": (["--kt-cpuinfer", "2"], ["--kt-weight-path", "no expert would run on the CPU"]),
     "no_weight_path_default_method": (["--kt-method", "AMXINT4"], ["--kt-weight-path"]),
-    "unknown_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "INT9"], ["INT9", "AMXINT8", "AMXINT4", "BF16"]),
-    "later_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "FP8"], ["FP8", "AMXINT8"]),
+    "unknown_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "INT9"], ["--kt-method", "'INT9'", *METHODS]),
+    "later_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "FP8"], ["--kt-method", "FP8", *METHODS]),
     "missing_folder": (["--kt-weight-path", "/nowhere/at/all"], ["--kt-weight-path", "/nowhere/at/all"]),
     "empty_folder": (["--kt-weight-path", "EMPTY"], ["--kt-weight-path", "config.json"]),
     "too_many_gpu_experts": (

@@ -1,8 +1,7 @@
-"""The parts of the SGLang plug-in that need no server: proxy variables, refusals of layers, the KV pool, memory."""
+"""The parts of the SGLang plug-in that need no server: refusals of layers, the KV pool, memory."""
 
 from __future__ import annotations
 
-import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,18 +23,6 @@ def runtime_context(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     return sys.modules[names[-1]]
-
-
-def test_own_traffic_bypasses_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
-    monkeypatch.setenv("NO_PROXY", "example.com")
-    for _ in range(2):
-        entry_points.bypass_proxy_for_own_traffic()
-        assert os.environ["no_proxy"] == "example.org,127.0.0.1,example.com,localhost,0.0.0.0,::1"
-        assert os.environ["NO_PROXY"] == os.environ["no_proxy"]
-    monkeypatch.setenv("no_proxy", "*")
-    entry_points.bypass_proxy_for_own_traffic()
-    assert os.environ["no_proxy"] == "*"
 
 
 @pytest.mark.parametrize(("value", "active"), [("kt_cpu", True), ("other", False), (None, False)])
@@ -61,6 +48,12 @@ def test_flags_are_refused_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"need the CUDA hand-off.*CUDA_VISIBLE_DEVICES= python"):
         checks.check_flags(SimpleNamespace(kt_weight_path="anywhere", kt_method="AMXINT8"))
+
+
+@pytest.mark.parametrize("name", ["INT9", "FP8"])
+def test_a_method_that_is_not_there_is_named_with_its_flag(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--kt-method: method '?{name}'? is .* AMXINT8, AMXINT4, BF16\.$"):
+        checks.expert_source("anywhere", name)
 
 
 def test_gated_shared_expert() -> None:

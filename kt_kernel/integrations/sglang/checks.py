@@ -146,7 +146,10 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
     ValueError
         Unknown method, nothing there that holds experts, or a folder converted for another method.
     """
-    method = get_method(method_name)
+    try:
+        method = get_method(method_name)
+    except ValueError as error:
+        raise ValueError(f"--kt-method: {error}") from None
     try:
         source = open_source(weight_path, method)
     except ValueError as error:
