@@ -43,6 +43,12 @@ def prepare_environment() -> None:
 def main(argv: list[str]) -> None:
     """Parse SGLang's flags and serve until stopped."""
     prepare_environment()
+    from kt_kernel.integrations.sglang.checks import check_typed_flags
+
+    try:
+        check_typed_flags(argv)
+    except ValueError as error:
+        raise SystemExit(f"kt_kernel: {error}") from None
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

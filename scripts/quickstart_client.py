@@ -20,6 +20,7 @@ from pathlib import Path
 DEFAULT_PORT = 30000
 PORTS_TRIED = 50
 START_SECONDS = 600
+REPEAT_SECONDS = 15  # where the output is no terminal, a stage is told again so often
 # what the log shows on the way, in order
 STAGES = (
     ("Init torch distributed", "starting its processes"),
@@ -94,7 +95,7 @@ def wait_for_server(port: int, pid: int, log: Path) -> bool:
     """Wait until the server is up, showing what it does; on failure show the end of its log and return False."""
     started = time.monotonic()
     terminal = sys.stdout.isatty()
-    shown = ""
+    shown, shown_at = "", 0.0
     while time.monotonic() - started < START_SECONDS:
         text = log.read_text(errors="replace")
         seconds = time.monotonic() - started
@@ -107,9 +108,9 @@ def wait_for_server(port: int, pid: int, log: Path) -> bool:
         stage = stage_of(text)
         if terminal:
             print(f"\rserver: {stage} ({seconds:.0f} s){' ' * 20}", end="", flush=True)
-        elif stage != shown:
+        elif stage != shown or seconds - shown_at >= REPEAT_SECONDS:
             print(f"server: {stage} ({seconds:.0f} s)", flush=True)
-            shown = stage
+            shown, shown_at = stage, seconds
         time.sleep(0.3)
     print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), file=sys.stderr)
     return False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -54,6 +57,31 @@ def test_flags_are_refused_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch)
 def test_a_method_that_is_not_there_is_named_with_its_flag(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^--kt-method: method '?{name}'? is .* AMXINT8, AMXINT4, BF16\.$"):
         checks.expert_source("anywhere", name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kt-weight-path", "W", "--kt-method", "INT9"], "--kt-method: method 'INT9' is unknown"),
+        (["--kt-method=INT9", "--kt-weight-path=W"], "--kt-method: method 'INT9' is unknown"),
+        (["--kt-weight-path", "/nowhere/at/all"], "--kt-weight-path: /nowhere/at/all"),
+        (["--kt-cpuinfer", "2"], "--kt-* flags are given without --kt-weight-path"),
+    ],
+)
+def test_a_bad_flag_is_refused_before_sglang_is_imported(tmp_path: Path, flags: list[str], words: str) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").write_text("raise SystemExit('sglang was imported')")
+    command = [sys.executable, "-m", "kt_kernel.launch_server", "--model-path", "M", *flags]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith(f"kt_kernel: {words}"), result.stderr
+
+
+def test_flags_left_to_sglangs_parser() -> None:
+    for line in ("--model-path M", "--config F --kt-method INT9", "--kt-weight-path", "--config=F --kt-cpuinfer 2"):
+        checks.check_typed_flags(line.split())
 
 
 def test_gated_shared_expert() -> None:
