@@ -127,6 +127,8 @@ class CpuExperts:
         From :func:`get_engine`.
     expert_ids : sequence of int, optional
         Experts that live here; the others take no memory. All by default.
+    reserved_ids : sequence of int, optional
+        Others that may be loaded later: address space until then, memory only once they are loaded.
 
     Raises
     ------
@@ -135,12 +137,19 @@ class CpuExperts:
     """
 
     def __init__(
-        self, config: MoEConfig, *, layout: str, engine: _ext.Engine, expert_ids: Sequence[int] | None = None
+        self,
+        config: MoEConfig,
+        *,
+        layout: str,
+        engine: _ext.Engine,
+        expert_ids: Sequence[int] | None = None,
+        reserved_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.layout = layout
         self.engine = engine
         self.expert_ids = sorted(range(config.num_experts) if expert_ids is None else expert_ids)
+        self.reserved_ids = sorted(reserved_ids)
         self.layer = _ext.Layer(
             engine,
             config.layer_idx,
@@ -150,6 +159,7 @@ class CpuExperts:
             config.intermediate_size,
             layout,
             self.expert_ids,
+            self.reserved_ids,
         )
         self._handle: int = self.layer.handle
 
@@ -199,6 +209,32 @@ class CpuExperts:
     def export_packed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed bytes of one expert (w13, w2), uint8: the inverse of :meth:`load_packed`."""
         return torch.ops.kt_kernel.export_packed(self._handle, expert)
+
+    def write_expert(self, expert: int, w13_addresses: Sequence[int], w2_addresses: Sequence[int]) -> int:
+        """Queue the writing of one expert as bf16 into host memory, cut for ranks of a tensor-parallel group.
+
+        Rank r of R holds ``I' = I / R`` features: w13 ``[2 * I', H]`` (gate rows, then up rows) and w2 ``[H, I']``
+        (``csrc/moe/expert_export.h``).
+
+        Parameters
+        ----------
+        expert : int
+            An expert that is loaded here.
+        w13_addresses, w2_addresses : sequence of int
+            One address for each rank. The memory belongs to the write until :meth:`wait_written` has returned.
+
+        Returns
+        -------
+        int
+            The ticket for :meth:`wait_written`.
+        """
+        addresses = list(w13_addresses), list(w2_addresses)
+        return int(torch.ops.kt_kernel.write_expert(self._handle, expert, len(addresses[0]), *addresses))
+
+    @staticmethod
+    def wait_written(ticket: int) -> None:
+        """Wait for one write; an error of it is raised here."""
+        torch.ops.kt_kernel.wait_written(ticket)
 
     # --- compute ---
 

@@ -33,9 +33,10 @@ void with_place(int layer_idx, int expert, Projection projection, int64_t panel,
 ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(config), pool_(pool) {
   check_moe_config(config);
   slot_.assign(config.num_experts, -1);
-  for (size_t i = 0; i < config.expert_ids.size(); ++i)
-    slot_[config.expert_ids[i]] = static_cast<int>(i);
-  loaded_.assign(config.expert_ids.size(), 0);
+  int num_slots = 0;
+  for (const int expert : config.expert_ids) slot_[expert] = num_slots++;
+  for (const int expert : config.reserved_ids) slot_[expert] = num_slots++;
+  loaded_.assign(num_slots, 0);
 
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     const int64_t panels = num_panels(projection);
@@ -47,7 +48,7 @@ ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(co
       const IndexRange range = node_panels(projection, node);
       const int64_t slot_bytes = round_up(range.size() * panel_bytes(projection), kMatrixAlignment);
       const PoolPlan::Node& plan = pool.plan().nodes[node];
-      const int64_t arena_bytes = slot_bytes * static_cast<int64_t>(config.expert_ids.size());
+      const int64_t arena_bytes = slot_bytes * num_slots;
       if (arena_bytes == 0) continue;
       NumaArena arena(arena_bytes, plan.bind_memory ? plan.id : -1);
       for (int64_t p = range.begin; p < range.end; ++p) {
@@ -60,7 +61,8 @@ ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(co
 }
 
 bool ExpertStore::all_loaded() const {
-  return std::all_of(loaded_.begin(), loaded_.end(), [](char loaded) { return loaded != 0; });
+  return std::all_of(loaded_.begin(), loaded_.begin() + config_.expert_ids.size(),
+                     [](char loaded) { return loaded != 0; });
 }
 
 int64_t ExpertStore::num_panels(Projection projection) const {
@@ -100,7 +102,7 @@ uint8_t* ExpertStore::mutable_panel(Projection projection, int slot, int64_t p) 
 void ExpertStore::check_expert(int expert) const {
   KT_CHECK(expert >= 0 && expert < config_.num_experts && slot_[expert] >= 0,
            "layer " << config_.layer_idx << ": expert " << expert << " has no place on the CPU; "
-                    << config_.expert_ids.size() << " of " << config_.num_experts
+                    << loaded_.size() << " of " << config_.num_experts
                     << " experts were given one when the layer was made.");
 }
 
@@ -174,9 +176,13 @@ void ExpertStore::export_packed(int expert, uint8_t* w13, uint8_t* w2) const {
 }
 
 uint64_t ExpertStore::bytes() const {
+  if (loaded_.empty()) return 0;
   uint64_t total = 0;
   for (const NumaArena& arena : arenas_) total += arena.size();
-  return total;
+  const auto first_reserved = loaded_.begin() + config_.expert_ids.size();
+  const auto num_late = std::count(first_reserved, loaded_.end(), char{1});
+  // every arena has one place of equal size for each expert
+  return total / loaded_.size() * (config_.expert_ids.size() + num_late);
 }
 
 PageReport ExpertStore::pages() const {

@@ -21,13 +21,14 @@ enum class Projection { kW13 = 0, kW2 = 1 };
 // Lifetime  the pool must outlive the store.
 class ExpertStore {
  public:
-  // Allocates (not touching) the memory of all experts of config.expert_ids.
+  // Allocates (not touching) the memory of all experts of config.expert_ids and reserved_ids. The
+  // reserved ones come last, so that no huge page of theirs is touched by the others.
   ExpertStore(const MoeConfig& config, WorkerPool& pool);
 
   const MoeConfig& config() const { return config_; }
   bool has(int expert) const { return slot_[expert] >= 0; }  // lives here
   bool loaded(int expert) const { return slot_[expert] >= 0 && loaded_[slot_[expert]]; }
-  bool all_loaded() const;
+  bool all_loaded() const;  // all of config.expert_ids
 
   // Rows of one expert in a float type: gate, up [intermediate_size, hidden_size], down
   // [hidden_size, intermediate_size], row-major. Quantizes and packs on the pool, each panel on the
@@ -63,6 +64,7 @@ class ExpertStore {
 
   // The memory itself, for the read probe.
   const std::vector<NumaArena>& arenas() const { return arenas_; }
+  // Of the experts of config.expert_ids and the reserved ones that are loaded.
   uint64_t bytes() const;
   PageReport pages() const;
 

@@ -30,13 +30,20 @@ void check_moe_config(const MoeConfig& config) {
                         << "the limit is " << kMaxIntegerK << ", use BF16.");
     }
   }
-  int previous = -1;
-  for (const int expert : config.expert_ids) {
-    KT_CHECK(expert > previous && expert < config.num_experts,
-             "layer " << config.layer_idx << ": expert_ids must ascend within 0 to "
-                      << config.num_experts - 1 << ", got " << expert << " after " << previous
-                      << ".");
-    previous = expert;
+  std::vector<char> placed(config.num_experts, 0);
+  for (const auto* ids : {&config.expert_ids, &config.reserved_ids}) {
+    const char* const name = ids == &config.expert_ids ? "expert_ids" : "reserved_ids";
+    int previous = -1;
+    for (const int expert : *ids) {
+      KT_CHECK(expert > previous && expert < config.num_experts,
+               "layer " << config.layer_idx << ": " << name << " must ascend within 0 to "
+                        << config.num_experts - 1 << ", got " << expert << " after " << previous
+                        << ".");
+      KT_CHECK(!placed[expert], "layer " << config.layer_idx << ": expert " << expert
+                                         << " is in both expert_ids and reserved_ids.");
+      placed[expert] = 1;
+      previous = expert;
+    }
   }
 }
 

@@ -14,7 +14,8 @@ struct MoeConfig {
   int hidden_size = 0;
   int intermediate_size = 0;
   PackedLayout layout;
-  std::vector<int> expert_ids;  // experts that live here, ascending; the others cost no memory
+  std::vector<int> expert_ids;    // experts that live here, ascending; the others cost no memory
+  std::vector<int> reserved_ids;  // others that may be loaded later: address space only until then
 };
 
 // Throws kt::Error, one sentence, for sizes out of range.

@@ -127,7 +127,8 @@ class LayerHandle {
 std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, int layer_idx,
                                         int num_experts, int top_k, int hidden_size,
                                         int intermediate_size, const std::string& layout,
-                                        const std::vector<int>& expert_ids) {
+                                        const std::vector<int>& expert_ids,
+                                        const std::vector<int>& reserved_ids) {
   MoeConfig config;
   config.layer_idx = layer_idx;
   config.num_experts = num_experts;
@@ -136,6 +137,7 @@ std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, i
   config.intermediate_size = intermediate_size;
   config.layout = PackedLayout::parse(layout);
   config.expert_ids = expert_ids;
+  config.reserved_ids = reserved_ids;
   check_moe_config(config);
   return std::make_unique<LayerHandle>(engine, config);
 }
@@ -208,7 +210,7 @@ void bind_layer(py::module_& m) {
                           "One MoE layer: packed experts and the kernels chosen for them.")
       .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"),
            py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("layout"), py::arg("expert_ids"))
+           py::arg("layout"), py::arg("expert_ids"), py::arg("reserved_ids") = std::vector<int>{})
       .def_property_readonly("handle", &LayerHandle::handle)
       .def_property_readonly("bytes",
                              [](const LayerHandle& layer) { return layer.layer().store().bytes(); })
