@@ -301,8 +301,14 @@ class CpuExperts:
         return self.layer.explain
 
     def counters(self) -> dict:
-        """Forwards, tokens, rows, weight bytes and busy time since construction."""
-        return self.layer.counters()
+        """Forwards, tokens, rows, weight bytes and busy time since construction.
+
+        ``expert_counts``, int64 ``[num_experts]``, counts every id of every forward, also of experts that are computed
+        elsewhere; ids of -1 are not counted.
+        """
+        counters = self.layer.counters()
+        counters["expert_counts"] = torch.tensor(counters["expert_counts"], dtype=torch.int64)
+        return counters
 
     def close(self) -> None:
         """Free the memory; later calls raise."""

@@ -23,7 +23,41 @@ constexpr int64_t kLine = 64;
 
 int64_t line_up(int64_t bytes) { return round_up(bytes, kLine); }
 
+// Rounds n values to the output's type and stores them from element `at` on.
+void store_values(const RowwiseOps& ops, const MoeInput& input, const float* values, int64_t at,
+                  int32_t n) {
+  if (input.fp32_output != nullptr) {
+    std::memcpy(input.fp32_output + at, values, n * sizeof(float));
+    return;
+  }
+  switch (input.dtype) {
+    case DType::kBFloat16:
+      ops.store_bf16(values, static_cast<uint16_t*>(input.output) + at, n);
+      break;
+    case DType::kFloat16:
+      ops.store_fp16(values, static_cast<uint16_t*>(input.output) + at, n);
+      break;
+    default: std::memcpy(static_cast<float*>(input.output) + at, values, n * sizeof(float));
+  }
+}
+
 }  // namespace
+
+void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_size) {
+  if (input.addend == nullptr) {
+    const int64_t values = input.num_tokens * hidden_size;
+    if (input.fp32_output != nullptr) {
+      std::memset(input.fp32_output, 0, values * sizeof(float));
+    } else {
+      std::memset(input.output, 0, values * (dtype_bits(input.dtype) / 8));
+    }
+    return;
+  }
+  for (int64_t t = 0; t < input.num_tokens; ++t) {
+    store_values(ops, input, input.addend + t * hidden_size, t * hidden_size,
+                 static_cast<int32_t>(hidden_size));
+  }
+}
 
 ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
                          const Routing& routing, MoeScratch& scratch, const MoeInput& input)
@@ -305,22 +339,17 @@ void ForwardPass::compute_w2_panel(int64_t p, const WorkerBuffers& mine,
   store_columns(mine.columns, p);
 }
 
-void ForwardPass::store_columns(const float* columns, int64_t p) const {
+void ForwardPass::store_columns(float* columns, int64_t p) const {
   const int64_t hidden_size = store_.config().hidden_size;
   const int32_t n =
       static_cast<int32_t>(std::min<int64_t>(kPanelColumns, hidden_size - p * kPanelColumns));
   for (int64_t t = 0; t < input_.num_tokens; ++t) {
-    const float* src = columns + t * kPanelColumns;
+    float* sum = columns + t * kPanelColumns;
     const int64_t at = t * hidden_size + p * kPanelColumns;
-    switch (input_.dtype) {
-      case DType::kBFloat16:
-        kernels_.rowwise->store_bf16(src, static_cast<uint16_t*>(input_.output) + at, n);
-        break;
-      case DType::kFloat16:
-        kernels_.rowwise->store_fp16(src, static_cast<uint16_t*>(input_.output) + at, n);
-        break;
-      default: std::memcpy(static_cast<float*>(input_.output) + at, src, n * sizeof(float));
+    if (input_.addend != nullptr) {
+      for (int32_t j = 0; j < n; ++j) sum[j] += input_.addend[at + j];
     }
+    store_values(*kernels_.rowwise, input_, sum, at, n);
   }
 }
 

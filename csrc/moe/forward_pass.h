@@ -19,6 +19,9 @@ struct ActivationRows {
   int64_t group_sum_stride = 0;
 };
 
+// output = addend, rounded, or zeros without one: a pass whose tokens are all computed elsewhere.
+void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_size);
+
 // Phases, a barrier between each:
 //   few rows   1. quantize tokens (every worker all of them, into its own buffer); w13 panels,
 //                 SiLU and multiply
@@ -63,7 +66,7 @@ class ForwardPass {
   void compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens);
   void compute_w2(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& rows);
   void compute_w2_panel(int64_t p, const WorkerBuffers& mine, const ActivationRows& rows) const;
-  void store_columns(const float* columns, int64_t p) const;
+  void store_columns(float* columns, int64_t p) const;
 
   const ExpertStore& store_;
   WorkerPool& pool_;

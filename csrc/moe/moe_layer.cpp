@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 
 #include "base/check.h"
 #include "moe/forward_pass.h"
@@ -21,12 +20,24 @@ int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }
 
 }  // namespace
 
+// Written by the one thread that computes, so a plain load and store add without a locked
+// instruction.
 struct MoeLayer::Counters {
+  explicit Counters(int num_experts) : expert_counts(num_experts) {}
+
+  template <typename Value>
+  static void add(std::atomic<Value>& counter, Value value) {
+    counter.store(counter.load(std::memory_order_relaxed) + value, std::memory_order_relaxed);
+  }
+
   std::atomic<uint64_t> forwards{0};
   std::atomic<uint64_t> tokens{0};
   std::atomic<uint64_t> rows{0};
   std::atomic<uint64_t> weight_bytes{0};
   std::atomic<uint64_t> busy_ns{0};
+  std::atomic<uint64_t> deferred_rows{0};
+  std::atomic<uint64_t> dropped_shares{0};
+  std::vector<std::atomic<int64_t>> expert_counts;
 };
 
 MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
@@ -36,22 +47,32 @@ MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<Mo
       scratch_(std::move(scratch)),
       isa_(isa),
       kernels_(select_kernels(config.layout.code, isa)),
-      counters_(std::make_unique<Counters>()) {}
+      counters_(std::make_unique<Counters>(config.num_experts)) {}
 
 MoeLayer::~MoeLayer() = default;
 
-void MoeLayer::check_routed_experts() const {
-  for (const int expert : routing_.experts) {
-    KT_CHECK(store_.has(expert),
-             "layer " << config().layer_idx << ": a token was routed to expert " << expert
-                      << ", which is not on the CPU and not marked in gpu_experts_mask.");
-    KT_CHECK(store_.loaded(expert),
-             "layer " << config().layer_idx << ": a token was routed to expert " << expert
-                      << ", whose weights were never loaded; call load_weights first.");
-  }
+void MoeLayer::check_expert(int expert) const {
+  KT_CHECK(store_.has(expert),
+           "layer " << config().layer_idx << ": a token was routed to expert " << expert
+                    << ", which is not on the CPU and not marked in gpu_experts_mask.");
+  KT_CHECK(store_.loaded(expert),
+           "layer " << config().layer_idx << ": a token was routed to expert " << expert
+                    << ", whose weights were never loaded; call load_weights first.");
 }
 
 void MoeLayer::forward(const MoeInput& input) {
+  compute(input);
+  Counters::add<uint64_t>(counters_->forwards, 1);
+  Counters::add<uint64_t>(counters_->tokens, input.num_tokens);
+  count_ids(input);
+}
+
+void MoeLayer::forward_deferred(const MoeInput& input) {
+  Counters::add(counters_->deferred_rows, compute(input));
+}
+
+// Cuts a batch into passes; returns the rows computed.
+uint64_t MoeLayer::compute(const MoeInput& input) {
   const auto start = std::chrono::steady_clock::now();
   const int hidden_size = config().hidden_size;
   uint64_t weight_bytes = 0;
@@ -61,39 +82,60 @@ void MoeLayer::forward(const MoeInput& input) {
     MoeInput pass = input;
     pass.num_tokens = std::min(pass_tokens, input.num_tokens - first);
     const int64_t skipped_ids = int64_t{first} * input.top_k;
-    const int64_t skipped_bytes = int64_t{first} * hidden_size * bytes_of(input.dtype);
+    const int64_t skipped_values = int64_t{first} * hidden_size;
+    const int64_t skipped_bytes = skipped_values * bytes_of(input.dtype);
     pass.hidden_states = static_cast<const uint8_t*>(input.hidden_states) + skipped_bytes;
     pass.topk_ids =
         static_cast<const uint8_t*>(input.topk_ids) + skipped_ids * bytes_of(input.id_dtype);
     pass.topk_weights = input.topk_weights + skipped_ids;
-    pass.output = static_cast<uint8_t*>(input.output) + skipped_bytes;
-    try {
-      route(pass.topk_ids, pass.id_dtype, pass.topk_weights, pass.num_tokens, pass.top_k,
-            config().num_experts, pass.skip, routing_);
-    } catch (const Error& error) {
-      KT_CHECK(false, "layer " << config().layer_idx << ": " << error.what());
+    if (input.addend != nullptr) pass.addend = input.addend + skipped_values;
+    if (input.fp32_output != nullptr) {
+      pass.fp32_output = input.fp32_output + skipped_values;
+    } else {
+      pass.output = static_cast<uint8_t*>(input.output) + skipped_bytes;
     }
-    check_routed_experts();
-    if (routing_.num_rows() == 0) {
-      std::memset(pass.output, 0, int64_t{pass.num_tokens} * hidden_size * bytes_of(input.dtype));
-      continue;
-    }
-    ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass).run();
-    rows += routing_.num_rows();
-    for (const Projection projection : {Projection::kW13, Projection::kW2}) {
-      weight_bytes +=
-          routing_.experts.size() * store_.num_panels(projection) * store_.panel_bytes(projection);
-    }
+    rows += compute_pass(pass, weight_bytes);
   }
   const auto elapsed = std::chrono::steady_clock::now() - start;
-  counters_->forwards.fetch_add(1, std::memory_order_relaxed);
-  counters_->tokens.fetch_add(input.num_tokens, std::memory_order_relaxed);
-  counters_->rows.fetch_add(rows, std::memory_order_relaxed);
-  counters_->weight_bytes.fetch_add(weight_bytes, std::memory_order_relaxed);
-  counters_->busy_ns.fetch_add(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count(),
-      std::memory_order_relaxed);
+  Counters::add(counters_->rows, rows);
+  Counters::add(counters_->weight_bytes, weight_bytes);
+  Counters::add<uint64_t>(counters_->busy_ns,
+                          std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count());
+  return rows;
 }
+
+uint64_t MoeLayer::compute_pass(const MoeInput& pass, uint64_t& weight_bytes) {
+  try {
+    route(pass.topk_ids, pass.id_dtype, pass.topk_weights, pass.num_tokens, pass.top_k,
+          config().num_experts, pass.skip, routing_);
+  } catch (const Error& error) {
+    KT_CHECK(false, "layer " << config().layer_idx << ": " << error.what());
+  }
+  for (const int expert : routing_.experts) check_expert(expert);
+  if (routing_.num_rows() == 0) {
+    store_addend(*kernels_.rowwise, pass, config().hidden_size);
+    return 0;
+  }
+  ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass).run();
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    weight_bytes +=
+        routing_.experts.size() * store_.num_panels(projection) * store_.panel_bytes(projection);
+  }
+  return routing_.num_rows();
+}
+
+// After the computation, which has checked the ids: what is refused is not counted.
+void MoeLayer::count_ids(const MoeInput& input) {
+  const int64_t num_ids = int64_t{input.num_tokens} * input.top_k;
+  for (int64_t i = 0; i < num_ids; ++i) {
+    const int64_t id = input.id_dtype == DType::kInt64
+                           ? static_cast<const int64_t*>(input.topk_ids)[i]
+                           : static_cast<const int32_t*>(input.topk_ids)[i];
+    if (id >= 0) Counters::add<int64_t>(counters_->expert_counts[id], 1);
+  }
+}
+
+void MoeLayer::count_dropped_share() { Counters::add<uint64_t>(counters_->dropped_shares, 1); }
 
 MoeCounters MoeLayer::counters() const {
   MoeCounters copy;
@@ -102,6 +144,9 @@ MoeCounters MoeLayer::counters() const {
   copy.rows = counters_->rows.load(std::memory_order_relaxed);
   copy.weight_bytes = counters_->weight_bytes.load(std::memory_order_relaxed);
   copy.busy_ns = counters_->busy_ns.load(std::memory_order_relaxed);
+  copy.deferred_rows = counters_->deferred_rows.load(std::memory_order_relaxed);
+  copy.dropped_shares = counters_->dropped_shares.load(std::memory_order_relaxed);
+  copy.expert_counts.assign(counters_->expert_counts.begin(), counters_->expert_counts.end());
   return copy;
 }
 

@@ -24,27 +24,36 @@ struct MoeInput {
   int num_tokens = 0;
   int top_k = 0;
   const uint8_t* skip = nullptr;  // [num_experts], experts computed elsewhere; may be null
+  // [num_tokens, hidden_size], added to the sum before it is rounded; may be null
+  const float* addend = nullptr;
   void* output = nullptr;
+  float* fp32_output = nullptr;  // if set, the sum goes here unrounded and output is not used
 };
 
 // Counters of one layer since its construction; readable while it runs.
 struct MoeCounters {
   uint64_t forwards = 0;
   uint64_t tokens = 0;
-  uint64_t rows = 0;          // (token, expert) pairs computed
-  uint64_t weight_bytes = 0;  // packed bytes of the distinct experts of each forward
-  uint64_t busy_ns = 0;       // wall time inside forward()
+  uint64_t rows = 0;            // (token, expert) pairs computed
+  uint64_t weight_bytes = 0;    // packed bytes of the distinct experts of each forward
+  uint64_t busy_ns = 0;         // wall time inside forward() and forward_deferred()
+  uint64_t deferred_rows = 0;   // those of `rows` that forward_deferred() computed
+  uint64_t dropped_shares = 0;  // deferred shares of another pass that were not added here
+  // [num_experts] ids seen by forward(), whoever computed them; -1 is none of them
+  std::vector<int64_t> expert_counts;
 };
 
 class MoeScratch;
 
 // output[t] = sum over slots s with topk_ids[t, s] here, in ascending (expert, slot) order:
 //               topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)
+//             + addend[t], last and in fp32
 //
 // Bits     the same input gives the same output for any thread and node count; for integer
 //          layouts for any batch composition too.
 // Errors   kt::Error naming the layer: ids out of range, an expert that was not loaded.
-// Threads  forward() by one thread at a time (the CPU stream's); counters() from any.
+// Threads  forward() by one thread at a time (the CPU stream's); counters() from any. Counting
+//          neither locks nor allocates.
 // Memory   scratch is shared by all layers of a pool and grows to the largest pass seen: a batch
 //          is cut into passes of at most 4096 tokens and 32768 rows.
 class MoeLayer {
@@ -56,12 +65,19 @@ class MoeLayer {
   const MoeConfig& config() const { return store_.config(); }
   ExpertStore& store() { return store_; }
   void forward(const MoeInput& input);
+  // The rest of a forward whose first part skipped some experts: counts rows and time only.
+  void forward_deferred(const MoeInput& input);
+  // Throws kt::Error if `expert` cannot be computed here: not on the CPU, or never loaded.
+  void check_expert(int expert) const;
+  void count_dropped_share();
   MoeCounters counters() const;
   std::string explain() const;  // the kernels in use
 
  private:
   struct Counters;
-  void check_routed_experts() const;
+  uint64_t compute(const MoeInput& input);
+  uint64_t compute_pass(const MoeInput& pass, uint64_t& weight_bytes);
+  void count_ids(const MoeInput& input);
 
   ExpertStore store_;
   WorkerPool& pool_;

@@ -150,6 +150,9 @@ py::dict counters_dict(const LayerHandle& handle) {
   out["rows"] = counters.rows;
   out["weight_bytes"] = counters.weight_bytes;
   out["busy_ns"] = counters.busy_ns;
+  out["deferred_rows"] = counters.deferred_rows;
+  out["dropped_shares"] = counters.dropped_shares;
+  out["expert_counts"] = counters.expert_counts;
   return out;
 }
 

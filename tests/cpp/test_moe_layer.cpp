@@ -391,6 +391,80 @@ TEST(MoeLayer, CountsWhatItDoes) {
   EXPECT_EQ(counters.rows, 4u);
   // two experts of w13 (one panel, k = 64) and w2 (one panel, k = 32 padded to 64)
   EXPECT_EQ(counters.weight_bytes, 2u * 2u * (64 * 64 + 512));
+  EXPECT_EQ(counters.expert_counts, (std::vector<int64_t>{1, 3, 0, 0, 0, 0}));
+}
+
+TEST(MoeLayer, CountsIdsOfExpertsComputedElsewhere) {
+  const MoeConfig config = config_of("int8_n64k4_r512_v1", 64, 32);
+  WorkerPool pool(plan_of({1}));
+  MoeLayer layer(config, pool, make_moe_scratch(), cpu_features().chosen);
+  load(layer, random_weights(config, 1));
+  Batch batch = random_batch(config, 2, 1);
+  std::vector<float> output(batch.hidden.size());
+  const std::vector<uint8_t> skip = {0, 1, 0, 0, 0, 1};
+  for (const std::vector<int64_t>& ids :
+       {std::vector<int64_t>{0, 1, -1, 1, 1, 5}, std::vector<int64_t>{5, 5, -1, -1, -1, -1}}) {
+    batch.ids = ids;
+    MoeInput input = batch.input(output);
+    input.skip = skip.data();
+    layer.forward(input);
+  }
+  const std::vector<int32_t> narrow = {2, 2, 2, -1, 0, 1};
+  MoeInput input = batch.input(output);
+  input.topk_ids = narrow.data();
+  input.id_dtype = DType::kInt32;
+  layer.forward(input);
+  const std::vector<int64_t> counted = {2, 4, 3, 0, 0, 3};
+  EXPECT_EQ(layer.counters().expert_counts, counted);
+  EXPECT_EQ(layer.counters().tokens, 6u);
+
+  batch.ids = {0, 0, 0, 0, 0, 6};  // refused: nothing of it is counted
+  EXPECT_THROW(layer.forward(batch.input(output)), Error);
+  EXPECT_EQ(layer.counters().expert_counts, counted);
+  EXPECT_EQ(layer.counters().tokens, 6u);
+}
+
+// One rounding: the sum of the experts and the addend, both in fp32, equals the fp32 forward plus
+// the addend rounded once.
+TEST(MoeLayer, AddsTheAddendBeforeRounding) {
+  for (const int num_tokens : {1, 3, 40}) {
+    const MoeConfig config = config_of("int8_n64k4_r512_v1", 80, 32);
+    const Weights weights = random_weights(config, 1);
+    Batch batch = random_batch(config, num_tokens, 2);
+    std::fill_n(batch.ids.begin() + (num_tokens - 1) * config.top_k, config.top_k, -1);
+    std::vector<uint16_t> hidden;
+    for (float& value : batch.hidden) {
+      hidden.push_back(float_to_bf16(value));
+      value = bf16_to_float(hidden.back());
+    }
+    WorkerPool pool(plan_of({2}));
+    MoeLayer layer(config, pool, make_moe_scratch(), cpu_features().chosen);
+    load(layer, weights);
+    std::vector<float> plain(hidden.size());
+    layer.forward(batch.input(plain));
+    const std::vector<float> addend = random_batch(config, num_tokens, 3).hidden;
+
+    std::vector<float> sum(hidden.size(), -1.0f);
+    std::vector<uint16_t> rounded(hidden.size(), 1);
+    MoeInput input = batch.input(sum);
+    input.addend = addend.data();
+    layer.forward(input);
+    input.dtype = DType::kBFloat16;
+    input.hidden_states = hidden.data();
+    input.output = rounded.data();
+    layer.forward(input);
+    std::vector<float> unrounded(hidden.size(), -1.0f);
+    input.fp32_output = unrounded.data();
+    input.output = nullptr;
+    layer.forward_deferred(input);
+    for (size_t i = 0; i < sum.size(); ++i) {
+      ASSERT_EQ(sum[i], plain[i] + addend[i]) << i;
+      ASSERT_EQ(unrounded[i], sum[i]) << i;
+      ASSERT_EQ(rounded[i], float_to_bf16(sum[i])) << i;
+    }
+    EXPECT_EQ(layer.counters().forwards, 3u);
+    EXPECT_EQ(layer.counters().deferred_rows * 4, layer.counters().rows);
+  }
 }
 
 }  // namespace

@@ -110,6 +110,9 @@ def test_a_compiled_module_really_runs_the_layer(layer: CpuExperts, weights, spl
         assert after["forwards"] == before["forwards"] + 1
         assert after["tokens"] == before["tokens"] + 7
         assert after["rows"] == before["rows"] + int((ids >= 0).sum())
+        counted = torch.bincount(ids[ids >= 0], minlength=len(after["expert_counts"]))
+        assert after["expert_counts"].dtype == torch.int64
+        assert torch.equal(after["expert_counts"] - before["expert_counts"], counted)
         wanted = moe_reference(hidden * 2, ids, scales, *weights) + (hidden * 2).sin().double()
         assert relative_error(output, wanted) < BOUNDS["AMXINT8"]
 
