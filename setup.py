@@ -80,6 +80,7 @@ setup(
         "kt_kernel.bench",
         "kt_kernel.integrations",
         "kt_kernel.integrations.sglang",
+        "kt_kernel.placement",
     ],
     ext_modules=[Extension("kt_kernel._ext", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -184,8 +184,8 @@ def test_imports_are_seen_inside_functions() -> None:
 # Modules of kt_kernel from the bottom up: each may import from rows above its own only, at any depth of its code.
 PYTHON_LAYERS = (
     ("_ext", "_build_info"),
-    ("config", "files", "methods", "placement", "progress"),
-    ("ops", "checkpoint", "packed_folder"),
+    ("config", "files", "methods", "progress"),
+    ("ops", "checkpoint", "packed_folder", "placement"),
     ("experts", "packed_writer"),
     ("loader", "converter"),
     ("wrapper", "collect_env", "convert_command", "bench"),
