@@ -11,33 +11,8 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
-
-from kt_kernel.config import usable_cpus
+from kt_kernel.integrations.sglang import prepare_environment
 from kt_kernel.integrations.torchvision_repair import repair_torchvision
-
-PLATFORM = "kt_cpu"
-
-
-def prepare_environment() -> None:
-    """Set what the spawned processes inherit: the platform, and threads of torch that sleep when idle.
-
-    Torch's OpenMP threads spin after each parallel region by default, and would take the cores from the workers of
-    our pool, which runs between them on the same cores. Values the user set are kept.
-    """
-    if torch.cuda.is_available():
-        return
-    defaults = {
-        "SGLANG_PLATFORM": PLATFORM,
-        "TORCHDYNAMO_DISABLE": "1",  # else SGLang's decorators compile C++ at start-up: 30 s instead of 15 s
-        "OMP_NUM_THREADS": str(usable_cpus()),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "KMP_BLOCKTIME": "0",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def main(argv: list[str]) -> None:
