@@ -33,6 +33,18 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "comma separated ids of the NUMA nodes to use, e.g. `0,2`, where numa_nodes is not given",
     ),
     EnvironmentVariable(
+        "KT_HOST_ALL_EXPERTS",
+        "0",
+        "kt_kernel/config.py",
+        "1: experts on the GPU are loaded on the CPU as well, so that placement can change without reading weights",
+    ),
+    EnvironmentVariable(
+        "KT_METHOD",
+        "BF16",
+        "kt_kernel/config.py",
+        "method of `kt_kernel.integrations.transformers` where `register()` names none",
+    ),
+    EnvironmentVariable(
         "KT_LOG_LEVEL",
         "the level of Python's root logger",
         "kt_kernel/config.py",
@@ -113,6 +125,25 @@ def default_numa_nodes() -> tuple[int, ...]:
     if not all(word.isdigit() for word in words):
         raise ValueError(f"KT_NUMA_NODES={value!r} is no comma separated list of node ids; give e.g. 0,1.")
     return tuple(int(word) for word in words)
+
+
+def host_all_experts() -> bool:
+    """Whether experts on the GPU are loaded on the CPU as well: ``KT_HOST_ALL_EXPERTS``.
+
+    Raises
+    ------
+    ValueError
+        The variable is neither 0 nor 1.
+    """
+    value = _read("KT_HOST_ALL_EXPERTS") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"KT_HOST_ALL_EXPERTS={value!r} is neither 0 nor 1; unset it or give 1.")
+    return value == "1"
+
+
+def default_method() -> str:
+    """Method for experts of other programs than SGLang, which names one: ``KT_METHOD``, else BF16."""
+    return _read("KT_METHOD") or "BF16"
 
 
 def usable_cpus() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +41,9 @@ class ExpertSource(Protocol):
 
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
         """Load ``logical[i]`` into ``slots[i]``."""
+
+    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gate, up ``[I, H]`` and down ``[H, I]`` of one expert, in a float type, on the CPU."""
 
     def close(self) -> None:
         """Let go of the files; the next use opens them again."""
@@ -83,6 +88,9 @@ class CheckpointSource:
                 f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
             ) from error
 
+    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.checkpoint.expert(layer, expert)
+
     def close(self) -> None:
         self.checkpoint.close()
 
@@ -124,6 +132,12 @@ class PackedSource:
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
         pairs = [self.packed.expert(layer, expert) for expert in logical]
         experts.load_packed(slots, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w13, w2 = self.packed.expert(layer, expert)
+        hidden, inter = self.packed.model["hidden_size"], self.packed.model["intermediate_size"]
+        gate, up = torch.ops.kt_kernel.dequantize_w13(w13, self.layout, inter, hidden)
+        return gate, up, torch.ops.kt_kernel.dequantize(w2, self.layout, hidden, inter)
 
     def close(self) -> None:
         self.packed.close()
@@ -284,15 +298,39 @@ def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: l
     slots = experts.expert_ids
     size = source.expert_bytes(layer)
     progress = _report.begin_layer(size * len(slots))
-    step = max(1, min(_BATCH_BYTES // max(size, 1), 64))
+    try:
+        _fill(experts, source, slots, physical_to_logical, lambda count: progress.add(size * count))
+    except BaseException:
+        _report.abandon()
+        raise
+    _report.finish_layer(layer)
+
+
+def load_late(experts: CpuExperts, source: ExpertSource, slots: list[int], physical_to_logical: list[int]) -> None:
+    """Load experts of ``experts.reserved_ids``; otherwise as :func:`load_layer`, with one line in the log."""
+    started = time.monotonic()
+    before = experts.bytes
+    _fill(experts, source, slots, physical_to_logical, lambda count: None)
+    named = ", ".join(map(str, slots[:8])) + (", ..." if len(slots) > 8 else "")
+    logger.info(
+        "layer %d: loaded %d more experts for the CPU (%s), %.2f GB in %.1f s",
+        experts.config.layer_idx, len(slots), named, (experts.bytes - before) / 1e9, time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _fill(
+    experts: CpuExperts,
+    source: ExpertSource,
+    slots: list[int],
+    physical_to_logical: list[int],
+    filled: Callable[[int], None],
+) -> None:
+    layer = experts.config.layer_idx
+    step = max(1, min(_BATCH_BYTES // max(source.expert_bytes(layer), 1), 64))
     try:
         for start in range(0, len(slots), step):
             batch = slots[start : start + step]
             source.fill(experts, batch, layer, [physical_to_logical[slot] for slot in batch])
-            progress.add(size * len(batch))
-    except BaseException:
-        _report.abandon()
-        raise
+            filled(len(batch))
     finally:
         source.close()
-    _report.finish_layer(layer)

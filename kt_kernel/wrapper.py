@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from kt_kernel.config import EngineConfig, MoEConfig, is_count
+from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts, is_count
+from kt_kernel.deferral import select_deferred_experts
+from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
 from kt_kernel.experts import CpuExperts, get_engine
 from kt_kernel.methods import get_method
 
@@ -150,6 +152,8 @@ class KTMoEWrapper:
         self.moe: CpuExperts | None = None
         self._tickets: deque[tuple[torch.Tensor, torch.Size, torch.dtype]] = deque()
         self._hosted = torch.zeros(num_experts, dtype=torch.bool)
+        self._order: list[int] | None = None  # what load_weights was given, as long as weight_path can give more
+        self._writer = ExpertWriter()
         self._checked_mask_version = -1
         self._announced = False
         if weight_path:
@@ -192,7 +196,8 @@ class KTMoEWrapper:
     def load_weights(self, physical_to_logical_map: torch.Tensor | None = None) -> None:
         """Load this layer's experts from ``weight_path``; returns when they are packed.
 
-        Experts marked in ``gpu_experts_mask`` at this moment take no memory here.
+        Experts marked in ``gpu_experts_mask`` at this moment take no memory here until the mask gives them to the CPU
+        (:meth:`load_missing_experts`); with ``KT_HOST_ALL_EXPERTS=1`` they are loaded now.
 
         Parameters
         ----------
@@ -211,10 +216,10 @@ class KTMoEWrapper:
         source = loader.open_source(Path(self.weight_path), self._method)
         source.check(self.config)
         order = self._check_map(physical_to_logical_map, source.num_experts())
-        experts = self._new_experts(source.layout)
+        experts = self._new_experts(source.layout, may_grow=True)
         loader.load_layer(experts, source, order)
         self._announced = False
-        self._adopt(experts)
+        self._adopt(experts, order)
 
     def load_weights_from_tensors(
         self,
@@ -299,19 +304,56 @@ class KTMoEWrapper:
             raise ValueError(f"physical_to_logical_map {why}: no id computes expert {missing} of the model.")
         return order
 
-    def _new_experts(self, layout: str) -> CpuExperts:
+    def load_missing_experts(self) -> list[int]:
+        """Load the experts that ``gpu_experts_mask`` gives to the CPU and that are not here; returns their ids.
+
+        A forward does it by itself when torch has seen the mask change. A replayed CUDA graph runs no Python: call this
+        after the change and before the replay. Experts that go to the GPU keep their memory here.
+
+        Raises
+        ------
+        RuntimeError
+            The weights came from tensors, so there is nothing to load from.
+        """
+        missing = (~(self.gpu_experts_mask | self._hosted)).nonzero().flatten().tolist()
+        if missing:
+            self._load_late(missing)
+        return missing
+
+    def _load_late(self, missing: list[int]) -> None:
+        from kt_kernel import loader
+
+        if self.moe is None or self._order is None:
+            raise RuntimeError(
+                f"expert {missing[0]} of layer {self.layer_idx} is not on the GPU and was not loaded here, because "
+                f"gpu_experts_mask named it when the weights were loaded; load the weights again."
+            )
+        source = loader.open_source(Path(self.weight_path or ""), self._method)
+        source.check(self.config)
+        loader.load_late(self.moe, source, missing, self._order)
+        self._hosted[missing] = True
+
+    def _new_experts(self, layout: str, *, may_grow: bool = False) -> CpuExperts:
         if self._tickets:
             raise RuntimeError(
                 f"layer {self.layer_idx} has {len(self._tickets)} submitted forwards; sync them before loading weights."
             )
+        self._writer.sync()
         if self.moe is not None:
             self.moe.close()
             self.moe = None
-        hosted = (~self.gpu_experts_mask).nonzero().flatten().tolist()
-        return CpuExperts(self.config, layout=layout, engine=self.cpu_infer, expert_ids=hosted)
+        here = torch.ones_like(self.gpu_experts_mask) if host_all_experts() else ~self.gpu_experts_mask
+        return CpuExperts(
+            self.config,
+            layout=layout,
+            engine=self.cpu_infer,
+            expert_ids=here.nonzero().flatten().tolist(),
+            reserved_ids=(~here).nonzero().flatten().tolist() if may_grow else (),
+        )
 
-    def _adopt(self, experts: CpuExperts) -> None:
+    def _adopt(self, experts: CpuExperts, order: list[int] | None = None) -> None:
         self.moe = experts
+        self._order = order
         self._hosted = torch.zeros(self.num_experts, dtype=torch.bool)
         self._hosted[experts.expert_ids] = True
         self._checked_mask_version = -1
@@ -401,13 +443,7 @@ class KTMoEWrapper:
         # found by the library in any case.
         version = self.gpu_experts_mask._version
         if version != self._checked_mask_version:
-            absent = ~(self.gpu_experts_mask | self._hosted)
-            if absent.any():
-                expert = int(absent.nonzero()[0])
-                raise RuntimeError(
-                    f"expert {expert} of layer {self.layer_idx} is not on the GPU and was not loaded here, because "
-                    f"gpu_experts_mask named it when the weights were loaded; load the weights again."
-                )
+            self.load_missing_experts()
             self._checked_mask_version = version
         return self.moe
 
@@ -459,6 +495,49 @@ class KTMoEWrapper:
     def get_capture_batch_sizes() -> list[int]:
         """The sizes last set."""
         return list(KTMoEWrapper._capture_batch_sizes)
+
+    # --- what SGLang's fork calls around a prefill on the GPU alone ---
+
+    def submit_write_weight_scale_to_buffer(
+        self,
+        gpu_tp_count: int,
+        expert_id: int,
+        w13_weight_ptrs: Sequence[int],
+        w13_scale_ptrs: Sequence[int],
+        w2_weight_ptrs: Sequence[int],
+        w2_scale_ptrs: Sequence[int],
+    ) -> None:
+        """Queue the writing of expert `expert_id` (an id as the router gives it) as bf16 into host buffers.
+
+        Layouts and errors are those of :class:`kt_kernel.expert_export.ExpertWriter`. Several writes may be under way;
+        they run in order, between forwards. The caller copies to the GPU on whatever stream, after
+        :meth:`sync_write_weight_scale_to_buffer`. An expert of the GPU that has no copy here is loaded from
+        ``weight_path`` first, together with the layer's others.
+        """
+        if self.moe is None:
+            raise RuntimeError(f"layer {self.layer_idx} has no weights yet; call load_weights first.")
+        buffers = ExpertBuffers(gpu_tp_count, w13_weight_ptrs, w13_scale_ptrs, w2_weight_ptrs, w2_scale_ptrs)
+        self._writer.check(self.config, expert_id, buffers)
+        if self._order is not None and not self._hosted[expert_id]:
+            self._load_late((~self._hosted).nonzero().flatten().tolist())
+        self._writer.submit(self.moe, expert_id, buffers)
+
+    def sync_write_weight_scale_to_buffer(self) -> None:
+        """Wait for every write that was submitted; the first error of one is raised here."""
+        self._writer.sync()
+
+    select_deferred_experts = staticmethod(select_deferred_experts)
+
+    @staticmethod
+    def force_release_loader() -> None:
+        """Close the files of every opened weight path; the next use opens them again."""
+        from kt_kernel.loader import close_sources
+
+        close_sources()
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """Does nothing: fine-tuning, whose buffers these would be, is not supported (``mode``)."""
 
     @staticmethod
     def clear_buffer_cache() -> None:
