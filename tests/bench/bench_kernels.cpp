@@ -9,7 +9,10 @@
 // processes cost bandwidth but not turns.
 //
 //   GB/s   bytes of packed weights / time     read%  of the raw read of the same buffer
-//   GOPS   2 * m * k * 64 / time              peak%  of the peak of the kernel's own instructions
+//   GOPS   2 * m * k * 64 / time              peak%  of the peak probe of the kernel's features
+//
+// The probes of int4 are those of int8; without VNNI an int4 kernel may pass them, for it sums pairs
+// in int16 first.
 //
 // "med" is the median over rounds of the column to its left. Each round measures raw read and every
 // kernel once, so a slow moment hits all. A result that differs from the reference row ends the run
@@ -24,6 +27,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -79,77 +83,13 @@ uint8_t* allocate(int64_t bytes) {
   return aligned;
 }
 
-// ---- peaks: chains of one instruction mix, in registers ----
-
-// Repeats `statement` over 12 accumulators; at 1 a cycle that hides a latency of 12.
-#define KT_PROBE(name, isa, type, operations_per_step, zero, statement)                   \
-  __attribute__((target(isa))) double name() {                                            \
-    constexpr int kAccumulators = 12;                                                     \
-    constexpr int kSteps = 100000;                                                        \
-    type acc[kAccumulators];                                                              \
-    _Pragma("GCC unroll 12") for (int i = 0; i < kAccumulators; ++i) acc[i] = (type)zero; \
-    auto x = zero;                                                                        \
-    auto y = zero;                                                                        \
-    asm volatile("" : "+v"(x), "+v"(y));                                                  \
-    const double start = thread_seconds();                                                \
-    for (int step = 0; step < kSteps; ++step) {                                           \
-      _Pragma("GCC unroll 12") for (int i = 0; i < kAccumulators; ++i) {                  \
-        statement;                                                                        \
-        asm volatile("" : "+v"(acc[i]));                                                  \
-      }                                                                                   \
-    }                                                                                     \
-    const double seconds = thread_seconds() - start;                                      \
-    return double{operations_per_step} * kAccumulators * kSteps / seconds;                \
-  }
-
-typedef int32_t Int32x16 __attribute__((vector_size(64)));
-typedef int16_t Int16x32 __attribute__((vector_size(64)));
-typedef int32_t Int32x8 __attribute__((vector_size(32)));
-typedef int16_t Int16x16 __attribute__((vector_size(32)));
-
-KT_PROBE(peak_vnni, "avx512f,avx512bw,avx512vnni", Int32x16, 128, _mm512_setzero_si512(),
-         acc[i] = (Int32x16)_mm512_dpbusd_epi32((__m512i)acc[i], x, y))
-KT_PROBE(peak_bf16, "avx512f,avx512bw,avx512bf16", __m512, 64, _mm512_setzero_ps(),
-         acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)y))
-KT_PROBE(peak_maddubs_512, "avx512f,avx512bw", Int32x16, 128, _mm512_setzero_si512(),
-         acc[i] += (Int32x16)_mm512_madd_epi16(_mm512_maddubs_epi16(x, (__m512i)acc[i]), y))
-KT_PROBE(peak_maddubs16_512, "avx512f,avx512bw", Int16x32, 128, _mm512_setzero_si512(),
-         acc[i] += (Int16x32)_mm512_maddubs_epi16(x, (__m512i)acc[i]))
-KT_PROBE(peak_fma_512, "avx512f", __m512, 32, _mm512_setzero_ps(),
-         acc[i] = _mm512_fmadd_ps(x, y, acc[i]))
-KT_PROBE(peak_maddubs_256, "avx2", Int32x8, 64, _mm256_setzero_si256(),
-         acc[i] += (Int32x8)_mm256_madd_epi16(_mm256_maddubs_epi16(x, (__m256i)acc[i]), y))
-KT_PROBE(peak_maddubs16_256, "avx2", Int16x16, 64, _mm256_setzero_si256(),
-         acc[i] += (Int16x16)_mm256_maddubs_epi16(x, (__m256i)acc[i]))
-KT_PROBE(peak_fma_256, "avx2,fma", __m256, 16, _mm256_setzero_ps(),
-         acc[i] = _mm256_fmadd_ps(x, y, acc[i]))
-
-struct Peak {
-  const char* name;
-  IsaSet isa;
-  DType weight_dtype;
-  double (*measure)();
-};
-
-// Ascending preference: the last supported row of a kernel's features and dtype is its yardstick.
-constexpr Peak kPeaks[] = {
-    {"ymm maddubs+madd+add", kIsaAvx2, DType::kInt8, peak_maddubs_256},
-    {"ymm maddubs+add", kIsaAvx2, DType::kInt4, peak_maddubs16_256},
-    {"ymm fma", kIsaAvx2, DType::kBFloat16, peak_fma_256},
-    {"zmm maddubs+madd+add", kIsaAvx512, DType::kInt8, peak_maddubs_512},
-    {"zmm maddubs+add", kIsaAvx512, DType::kInt4, peak_maddubs16_512},
-    {"zmm fma", kIsaAvx512, DType::kBFloat16, peak_fma_512},
-    {"vpdpbusd", kIsaAvx512 | kIsaAvx512Vnni, DType::kInt8, peak_vnni},
-    {"vpdpbusd", kIsaAvx512 | kIsaAvx512Vnni, DType::kInt4, peak_vnni},
-    {"vdpbf16ps", kIsaAvx512 | kIsaAvx512Bf16, DType::kBFloat16, peak_bf16},
-};
-
-const Peak* peak_of(const GemmKernel& kernel) {
-  const Peak* found = nullptr;
-  for (const Peak& peak : kPeaks) {
-    if (peak.weight_dtype == kernel.weight_dtype && (peak.isa & ~kernel.isa) == 0) found = &peak;
-  }
-  return found;
+// Operations per second on registers only, as the kernels of this dtype and these features compute.
+double measure_peak(const Probes& probes) {
+  constexpr int64_t kIterations = 50000;
+  const double start = thread_seconds();
+  sink = sink + static_cast<int64_t>(probes.peak(kIterations));
+  const double seconds = thread_seconds() - start;
+  return static_cast<double>(kIterations * probes.operations_per_iteration) / seconds;
 }
 
 // Reads all of the data with plain 16-byte loads and does next to nothing with it. The caches' own
@@ -295,6 +235,7 @@ GemmArgs make_args(const GemmKernel& kernel, const Activations& a, int m, int k,
 struct Case {
   const GemmKernel* kernel;
   int m;
+  Probes probes;
   int64_t next_panel = 0;  // where its walk through the buffer stands
   std::vector<double> bandwidth, read_share, hot_rate;
 };
@@ -375,7 +316,8 @@ bool bench_dtype(DType dtype, const Options& options, uint8_t* buffer) {
     if (kernel.isa == kIsaReference ||
         std::string(kernel.name).find(options.filter) == std::string::npos)
       continue;
-    for (int m : options.rows) cases.push_back({&kernel, m, 0, {}, {}, {}});
+    const Probes probes = select_probes(dtype, kernel.isa);
+    for (int m : options.rows) cases.push_back({&kernel, m, probes, 0, {}, {}, {}});
   }
   if (cases.empty()) return true;
 
@@ -402,14 +344,12 @@ bool bench_dtype(DType dtype, const Options& options, uint8_t* buffer) {
   const double round_bytes = static_cast<double>(panels_per_round * weights.panel_bytes);
   const double macs = 2.0 * kPanelColumns * options.k;
   std::vector<double> reads;
-  std::vector<double> peaks(std::size(kPeaks), 0.0);
+  std::map<std::string, double> peaks;  // best of each probe, by its name
   int64_t read_at = 0;
   for (int round = 0; round < options.rounds; ++round) {
-    for (size_t i = 0; i < std::size(kPeaks); ++i) {
-      if ((kPeaks[i].isa & ~cpu_features().found) == 0)
-        peaks[i] = std::max(peaks[i], kPeaks[i].measure());
-    }
     for (Case& run : cases) {
+      double& peak = peaks[run.probes.peak_name];
+      peak = std::max(peak, measure_peak(run.probes));
       // Each walk stands elsewhere, so nothing it reads is still in the L3.
       run.next_panel = (read_at + panels_per_round) % weights.num_panels;
       const double read =
@@ -430,8 +370,7 @@ bool bench_dtype(DType dtype, const Options& options, uint8_t* buffer) {
   std::printf("%-40s %4s | %6s %6s %6s %6s | %6s %6s %6s | %6s %6s\n", "stream", "m", "GB/s", "med",
               "read%", "med", "GOPS", "med", "peak%", "hot", "peak%");
   for (const Case& run : cases) {
-    const Peak* peak = peak_of(*run.kernel);
-    const double top = peak != nullptr ? peaks[static_cast<size_t>(peak - kPeaks)] : 0.0;
+    const double top = peaks[run.probes.peak_name];
     const double per_byte = macs * run.m / static_cast<double>(weights.panel_bytes);
     const double best = largest(run.bandwidth);
     std::printf("%-40s %4d | %6.1f %6.1f %6.1f %6.1f | %6.0f %6.0f %6.1f | %6.0f %6.1f\n",
@@ -441,10 +380,8 @@ bool bench_dtype(DType dtype, const Options& options, uint8_t* buffer) {
                 100.0 * best * per_byte / top, 1e-9 * largest(run.hot_rate),
                 100.0 * largest(run.hot_rate) / top);
   }
-  for (size_t i = 0; i < std::size(kPeaks); ++i) {
-    if (kPeaks[i].weight_dtype == dtype)
-      std::printf("peak %-22s %.0f GOPS\n", kPeaks[i].name, 1e-9 * peaks[i]);
-  }
+  for (const auto& [name, peak] : peaks)
+    std::printf("%-35s %.0f GOPS\n", name.c_str(), 1e-9 * peak);
   return all_match;
 }
 
