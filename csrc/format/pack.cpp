@@ -13,9 +13,6 @@
 namespace kt {
 namespace {
 
-constexpr int kColumns = 64;
-constexpr int kStepBytes = kColumns * 4;  // one k-step of a panel: four lines
-
 // Calls body(k, column, word) for the 32-bit word of every k-step (codes_per_word of k) and column
 // of a panel part of `count` k. Blocks of k keep the lines in cache while the columns go by.
 template <typename Byte, typename Body>
@@ -23,16 +20,16 @@ void for_each_word(Byte* part, int64_t count, int codes_per_word, Body&& body) {
   constexpr int64_t kBlock = 64;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(count, begin + kBlock);
-    for (int column = 0; column < kColumns; ++column) {
+    for (int column = 0; column < kPackedColumns; ++column) {
       for (int64_t k = begin; k < end; k += codes_per_word) {
-        body(k, column, part + k / codes_per_word * kStepBytes + column * 4);
+        body(k, column, part + k / codes_per_word * kPackedStepBytes + column * 4);
       }
     }
   }
 }
 
 void check_codes(const int8_t* codes, int64_t padded_k, int low, int high) {
-  for (int column = 0; column < kColumns; ++column) {
+  for (int column = 0; column < kPackedColumns; ++column) {
     const int8_t* const row = codes + column * padded_k;
     int smallest = 0, largest = 0;
     for (int64_t k = 0; k < padded_k; ++k) {
@@ -49,7 +46,7 @@ void check_codes(const int8_t* codes, int64_t padded_k, int low, int high) {
 }
 
 void check_scales(const float* scales, int64_t num_groups, float limit) {
-  for (int64_t i = 0; i < kColumns * num_groups; ++i) {
+  for (int64_t i = 0; i < kPackedColumns * num_groups; ++i) {
     KT_CHECK(std::abs(scales[i]) <= limit, "scale " << scales[i] << " at row " << i / num_groups
                                                     << ", group " << i % num_groups
                                                     << " of the panel must be finite");
@@ -60,15 +57,15 @@ void pack_int8(int64_t padded_k, const int8_t* codes, const float* scales, uint8
   // -128 is kept out: |a| * |w| of two neighbours must fit the int16 of the AVX2 product
   check_codes(codes, padded_k, -127, 127);
   check_scales(scales, 1, std::numeric_limits<float>::max());
-  int32_t compensation[kColumns] = {};
+  int32_t compensation[kPackedColumns] = {};
   for_each_word(dst, padded_k, 4, [&](int64_t k, int column, uint8_t* word) {
     const int8_t* const code = codes + column * padded_k + k;
     compensation[column] -= 128 * (code[0] + code[1] + code[2] + code[3]);
     std::memcpy(word, code, 4);
   });
-  uint8_t* const tail = dst + padded_k * kColumns;
+  uint8_t* const tail = dst + padded_k * kPackedColumns;
   std::memcpy(tail, compensation, sizeof compensation);
-  std::memcpy(tail + sizeof compensation, scales, kColumns * sizeof(float));
+  std::memcpy(tail + sizeof compensation, scales, kPackedColumns * sizeof(float));
 }
 
 void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const float* scales,
@@ -86,12 +83,12 @@ void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const
       for (int j = 0; j < 4; ++j)
         word[j] = static_cast<uint8_t>((code[j] + 8) | ((code[4 + j] + 8) << 4));
     });
-    dst += count / 8 * kStepBytes;
-    for (int column = 0; column < kColumns; ++column) {
+    dst += count / 8 * kPackedStepBytes;
+    for (int column = 0; column < kPackedColumns; ++column) {
       const uint16_t bits = float_to_bf16(scales[column * num_groups + group]);
       std::memcpy(dst + column * sizeof bits, &bits, sizeof bits);
     }
-    dst += kColumns * sizeof(uint16_t);
+    dst += kPackedColumns * sizeof(uint16_t);
   }
 }
 
@@ -110,13 +107,13 @@ void unpack_int4(const PackedLayout& layout, int64_t k, const uint8_t* panel, in
         code[4 + j] = static_cast<int8_t>((word[j] >> 4) - 8);
       }
     });
-    panel += count / 8 * kStepBytes;
-    for (int column = 0; column < kColumns; ++column) {
+    panel += count / 8 * kPackedStepBytes;
+    for (int column = 0; column < kPackedColumns; ++column) {
       uint16_t bits;
       std::memcpy(&bits, panel + column * sizeof bits, sizeof bits);
       scales[column * num_groups + group] = bf16_to_float(bits);
     }
-    panel += kColumns * sizeof(uint16_t);
+    panel += kPackedColumns * sizeof(uint16_t);
   }
 }
 
@@ -148,8 +145,8 @@ void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, v
       for_each_word(panel, padded_k, 4, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<int8_t*>(codes) + column * padded_k + first, word, 4);
       });
-      std::memcpy(scales, panel + padded_k * kColumns + kColumns * sizeof(int32_t),
-                  kColumns * sizeof(float));
+      std::memcpy(scales, panel + padded_k * kPackedColumns + kPackedColumns * sizeof(int32_t),
+                  kPackedColumns * sizeof(float));
       return;
     case DType::kInt4: return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
     case DType::kBFloat16:
@@ -165,12 +162,12 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
   const int64_t num_groups = layout.num_groups(k);
   const int64_t group_size = layout.effective_group_size(k);
   const auto codes =
-      std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(kColumns * padded_k));
+      std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(kPackedColumns * padded_k));
   const auto scales =
-      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kColumns * num_groups));
+      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kPackedColumns * num_groups));
   const auto row = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(padded_k));
   unpack_panel(layout, k, panel, codes.get(), scales.get());
-  for (int column = 0; column < kColumns; ++column) {
+  for (int column = 0; column < kPackedColumns; ++column) {
     if (layout.code == DType::kBFloat16) {
       for (int64_t i = 0; i < padded_k; ++i) row[i] = bf16_to_float(codes[column * padded_k + i]);
     } else {
@@ -189,7 +186,7 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
 
 PanelRows w13_panel_rows(const void* gate, const void* up, DType dtype, int64_t intermediate_size,
                          int64_t k, int64_t p) {
-  constexpr int kHalf = kColumns / 2;
+  constexpr int kHalf = kPackedColumns / 2;
   KT_CHECK(p >= 0 && p < num_w13_panels(intermediate_size),
            "w13 panel " << p << " is outside 0.." << num_w13_panels(intermediate_size) - 1);
   PanelRows rows;
@@ -204,13 +201,13 @@ PanelRows w13_panel_rows(const void* gate, const void* up, DType dtype, int64_t 
 }
 
 PanelRows matrix_panel_rows(const void* w, DType dtype, int64_t n, int64_t k, int64_t p) {
-  KT_CHECK(p >= 0 && p < ceil_div(n, kColumns),
-           "panel " << p << " is outside 0.." << ceil_div(n, kColumns) - 1);
+  KT_CHECK(p >= 0 && p < ceil_div(n, kPackedColumns),
+           "panel " << p << " is outside 0.." << ceil_div(n, kPackedColumns) - 1);
   PanelRows rows;
   rows.dtype = dtype;
   rows.k = k;
-  const int64_t count = std::min<int64_t>(kColumns, n - p * kColumns);
-  for (int64_t i = 0; i < count; ++i) rows.row[i] = row_at(w, dtype, p * kColumns + i, k);
+  const int64_t count = std::min<int64_t>(kPackedColumns, n - p * kPackedColumns);
+  for (int64_t i = 0; i < count; ++i) rows.row[i] = row_at(w, dtype, p * kPackedColumns + i, k);
   return rows;
 }
 

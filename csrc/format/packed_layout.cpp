@@ -11,7 +11,6 @@
 namespace kt {
 namespace {
 
-constexpr int kColumns = 64;
 constexpr int kMinRotation = 32;
 constexpr int kMaxRotation = 1024;
 constexpr int kMaxGroupSize = 65536;
@@ -109,14 +108,15 @@ int64_t PackedLayout::padded_k(int64_t k) const {
 
 int64_t PackedLayout::num_panels(int64_t n) const {
   KT_CHECK(n > 0 && n <= kMaxSize, "n must be from 1 to " << kMaxSize << ", got " << n);
-  return ceil_div(n, kColumns);
+  return ceil_div(n, kPackedColumns);
 }
 
 int64_t PackedLayout::panel_bytes(int64_t k) const {
-  const int64_t columns = padded_k(k) * kColumns;
+  const int64_t columns = padded_k(k) * kPackedColumns;
   switch (code) {
-    case DType::kInt8: return columns + kColumns * int64_t{sizeof(int32_t) + sizeof(float)};
-    case DType::kInt4: return columns / 2 + num_groups(k) * kColumns * int64_t{sizeof(uint16_t)};
+    case DType::kInt8: return columns + kPackedColumns * int64_t{sizeof(int32_t) + sizeof(float)};
+    case DType::kInt4:
+      return columns / 2 + num_groups(k) * kPackedColumns * int64_t{sizeof(uint16_t)};
     case DType::kBFloat16: return columns * int64_t{sizeof(uint16_t)};
     default: break;
   }

@@ -30,6 +30,10 @@
 
 namespace kt {
 
+// Columns of a panel, and the bytes of one of its k-steps: four lines.
+constexpr int kPackedColumns = 64;
+constexpr int kPackedStepBytes = kPackedColumns * 4;
+
 struct PackedLayout {
   DType code = DType::kInt8;  // kInt8, kInt4 or kBFloat16
   int group_size = 0;         // int4 only; 0: the whole row

@@ -11,10 +11,8 @@
 namespace kt {
 namespace {
 
-constexpr int kColumns = 64;
-constexpr int kStepBytes = kColumns * 4;  // one k-step of a panel: four lines
-constexpr int kLoadColumns = 256;         // k of one piece of four rows while it is transposed
-constexpr int kSumColumns = 64;           // k of one fp32 partial sum; those are added in fp64
+constexpr int kLoadColumns = 256;  // k of one piece of four rows while it is transposed
+constexpr int kSumColumns = 64;    // k of one fp32 partial sum; those are added in fp64
 // Rows and groups below are zeros, as RowwiseOps::quantize has it.
 constexpr float kSmallestAmax = 0x1p-100f;
 
@@ -181,16 +179,16 @@ void quantize_quad_int8(const F4* x, int64_t padded_k, int quad, uint8_t* dst, L
   const F4 inverse = select_lanes(amax >= kSmallestAmax, 127.0f / amax, zero);
   I4 code_sum = all_lanes(0);
   uint8_t* line = dst + quad * kLanes * 4;
-  for (int64_t k = 0; k < padded_k; k += 4, line += kStepBytes) {
+  for (int64_t k = 0; k < padded_k; k += 4, line += kPackedStepBytes) {
     I4 code[4];
     for (int i = 0; i < 4; ++i) code[i] = integers_of(x[k + i] * inverse);
     code_sum += (code[0] + code[1]) + (code[2] + code[3]);
     store_lanes(
         (code[0] & 255) | ((code[1] & 255) << 8) | ((code[2] & 255) << 16) | (code[3] << 24), line);
   }
-  uint8_t* const tail = dst + padded_k * kColumns + quad * kLanes * 4;
+  uint8_t* const tail = dst + padded_k * kPackedColumns + quad * kLanes * 4;
   store_lanes(code_sum * -128, tail);
-  store_lanes(scale, tail + kColumns * 4);
+  store_lanes(scale, tail + kPackedColumns * 4);
   if (sums != nullptr) {
     measure(x, padded_k, sums, [&](F4 w) { return round_lanes(w * inverse) * scale; });
   }
@@ -298,7 +296,7 @@ void quantize_quad_int4(const F4* x, int64_t padded_k, int64_t group_size, int q
     const F4 scale = int4_scale(w, count, unit);
     const F4 inverse = inverse_or_zero(scale);
     uint8_t* line = dst + quad * kLanes * 4;
-    for (int64_t k = 0; k < count; k += 8, line += kStepBytes) {
+    for (int64_t k = 0; k < count; k += 8, line += kPackedStepBytes) {
       I4 word = all_lanes(0);
       for (int i = 0; i < 4; ++i) {
         word |= (integers_of(int4_codes(w[k + i], inverse)) + 8) << (8 * i);
@@ -306,13 +304,13 @@ void quantize_quad_int4(const F4* x, int64_t padded_k, int64_t group_size, int q
       }
       store_lanes(word, line);
     }
-    dst += count * kColumns / 2;
+    dst += count * kPackedColumns / 2;
     uint16_t scale_bits[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       scale_bits[lane] = static_cast<uint16_t>(static_cast<uint32_t>(bits_of(scale)[lane]) >> 16);
     }
     std::memcpy(dst + quad * sizeof scale_bits, scale_bits, sizeof scale_bits);
-    dst += kColumns * sizeof(uint16_t);
+    dst += kPackedColumns * sizeof(uint16_t);
     if (sums != nullptr) {
       measure(w, count, sums, [&](F4 value) { return int4_codes(value, inverse) * scale; });
     }
@@ -321,7 +319,7 @@ void quantize_quad_int4(const F4* x, int64_t padded_k, int64_t group_size, int q
 
 void quantize_quad_bf16(const F4* x, int64_t padded_k, int quad, uint8_t* dst, LaneSums* sums) {
   uint8_t* line = dst + quad * kLanes * 4;
-  for (int64_t k = 0; k < padded_k; k += 2, line += kStepBytes) {
+  for (int64_t k = 0; k < padded_k; k += 2, line += kPackedStepBytes) {
     const I4 low = (bits_of(round_to_bf16(x[k])) >> 16) & 0xffff;
     store_lanes(low | bits_of(round_to_bf16(x[k + 1])), line);
   }
@@ -344,7 +342,7 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
       std::make_unique_for_overwrite<F4[]>(static_cast<size_t>(padded_k + unit_columns));
   F4* const x = buffer.get();
   QuantizationError total;
-  for (int quad = 0; quad < kColumns / kLanes; ++quad) {
+  for (int quad = 0; quad < kPackedColumns / kLanes; ++quad) {
     LaneSums sums;
     LaneSums* const wanted = error == nullptr ? nullptr : &sums;
     load_quad(rows, quad, padded_k, largest, x);

@@ -5,6 +5,9 @@
 
 namespace kt {
 
+// format and kernels know nothing of each other
+static_assert(kPackedColumns == kPanelColumns);
+
 void check_moe_config(const MoeConfig& config) {
   const auto positive = [&](const char* name, int value) {
     KT_CHECK(value > 0, "layer " << config.layer_idx << ": " << name << " is " << value
