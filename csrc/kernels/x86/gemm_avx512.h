@@ -90,6 +90,51 @@ inline void for_each_row_block(const GemmArgs& args) {
   }
 }
 
+// The start of an fp32 tile: where its rows of activations begin, and results of zero.
+template <int kRows, int kLines>
+inline void start_fp32_tile(const GemmArgs& args, int row, const uint8_t* (&a)[kRows],
+                            __m512 (&total)[kRows][kLines]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    a[i] = row_pointer(args, row + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < kLines; ++j) total[i][j] = _mm512_setzero_ps();
+  }
+}
+
+// The sums of the rows' activation codes, group by group (int4).
+template <int kRows>
+inline void start_group_sums(const GemmArgs& args, int row, const int32_t* (&group_sum)[kRows]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+    group_sum[i] = args.a_group_sum + row_index(args, row + i) * args.a_group_sum_stride;
+}
+
+// The end of a bf16 tile: c = acc.
+template <int kRows>
+inline void store_bf16_tile(const GemmArgs& args, int row, const __m512 (&acc)[kRows][4]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    float* c = args.c + (row + i) * args.c_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + kLineColumns * j, acc[i][j]);
+  }
+}
+
+// The end of an int4 tile of 16 * kLines columns from line `first_line` on: c = total * a_scale.
+template <int kRows, int kLines>
+inline void store_int4_tile(const GemmArgs& args, int row, int first_line,
+                            const __m512 (&total)[kRows][kLines]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
+    float* c = args.c + (row + i) * args.c_stride + kLineColumns * first_line;
+#pragma GCC unroll 4
+    for (int j = 0; j < kLines; ++j)
+      _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
+  }
+}
+
 // The end of an int8 tile: c = (float(acc) * w_scale) * a_scale, in this order.
 template <int kRows>
 inline void store_int8_tile(const GemmArgs& args, int row, const Int32x16 (&acc)[kRows][4],
@@ -118,6 +163,35 @@ inline const uint8_t* prefetch_source(const GemmArgs& args, const RowBlock& bloc
 inline void prefetch_two_lines(const uint8_t* source) {
   _mm_prefetch(reinterpret_cast<const char*>(source), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(source + 64), _MM_HINT_T1);
+}
+
+// acc[i][j] = dot(acc[i][j], 4 bytes of row i, line j) for one k-step of the panel.
+template <int kRows, typename Sum, typename Dot>
+inline void add_dot_step(Sum (&acc)[kRows][4], const uint8_t* const (&a)[kRows],
+                         const uint8_t* panel, int64_t step, Dot dot) {
+  __m512i w[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) w[j] = _mm512_load_si512(panel + kStepBytes * step + 64 * j);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i bytes = broadcast_4_bytes(a[i] + 4 * step);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) acc[i][j] = dot(acc[i][j], bytes, w[j]);
+  }
+}
+
+// All k-steps of a tile, with the block's share of the next panel.
+template <int kRows, typename Sum, typename Dot>
+inline void add_dot_steps(Sum (&acc)[kRows][4], const uint8_t* const (&a)[kRows],
+                          const GemmArgs& args, const RowBlock& block, int64_t steps, Dot dot) {
+  if (const uint8_t* next = prefetch_source(args, block)) {
+    for (int64_t step = 0; step < steps; ++step) {
+      prefetch_two_lines(next + kStepBytes * step);
+      add_dot_step(acc, a, args.panel, step, dot);
+    }
+  } else {
+    for (int64_t step = 0; step < steps; ++step) add_dot_step(acc, a, args.panel, step, dot);
+  }
 }
 
 }  // namespace

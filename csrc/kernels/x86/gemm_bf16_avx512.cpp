@@ -39,22 +39,12 @@ struct Tile {
     const uint8_t* panel = args.panel;
     const uint8_t* a[kRows];
     __m512 acc[kRows][4];
-#pragma GCC unroll 5
-    for (int i = 0; i < kRows; ++i) {
-      a[i] = row_pointer(args, block.row + i);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_setzero_ps();
-    }
+    start_fp32_tile(args, block.row, a, acc);
     for (int64_t step = 0; step < steps; ++step) {
       add_half_step<false>(acc, a, panel, step);
       add_half_step<true>(acc, a, panel, step);
     }
-#pragma GCC unroll 5
-    for (int i = 0; i < kRows; ++i) {
-      float* c = args.c + (block.row + i) * args.c_stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + kLineColumns * j, acc[i][j]);
-    }
+    store_bf16_tile(args, block.row, acc);
   }
 };
 

@@ -50,14 +50,8 @@ struct Tile {
     const uint8_t* a[kRows];
     const int32_t* group_sum[kRows];
     __m512 total[kRows][4];
-#pragma GCC unroll 2
-    for (int i = 0; i < kRows; ++i) {
-      const int row = block.row + i;
-      a[i] = row_pointer(args, row);
-      group_sum[i] = args.a_group_sum + row_index(args, row) * args.a_group_sum_stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) total[i][j] = _mm512_setzero_ps();
-    }
+    start_fp32_tile(args, block.row, a, total);
+    start_group_sums(args, block.row, group_sum);
     const uint8_t* panel = args.panel;
     const uint8_t* next = prefetch_source(args, block);
     int64_t k = 0;
@@ -87,14 +81,7 @@ struct Tile {
       }
       panel += 2 * kPanelColumns;
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < kRows; ++i) {
-      const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, block.row + i)]);
-      float* c = args.c + (block.row + i) * args.c_stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
-    }
+    store_int4_tile(args, block.row, 0, total);
   }
 };
 

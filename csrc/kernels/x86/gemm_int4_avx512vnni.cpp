@@ -14,13 +14,8 @@ struct Tile {
   Int32x16 sum[kRows][kLines];
 
   inline void start(const GemmArgs& args, int row, const int32_t* (&group_sum)[kRows]) {
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      a[i] = row_pointer(args, row + i);
-      group_sum[i] = args.a_group_sum + row_index(args, row + i) * args.a_group_sum_stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < kLines; ++j) total[i][j] = _mm512_setzero_ps();
-    }
+    start_fp32_tile(args, row, a, total);
+    start_group_sums(args, row, group_sum);
   }
 
   inline void start_group(const int32_t* (&group_sum)[kRows], int64_t group) {
@@ -50,17 +45,6 @@ struct Tile {
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
       total[i][j] = _mm512_fmadd_ps(to_float(sum[i][j]), scale, total[i][j]);
-  }
-
-  inline void store(const GemmArgs& args, int row, int first_line) const {
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
-      float* c = args.c + (row + i) * args.c_stride + kLineColumns * first_line;
-#pragma GCC unroll 4
-      for (int j = 0; j < kLines; ++j)
-        _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
-    }
   }
 };
 
@@ -101,7 +85,7 @@ inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
       next += 2 * kPanelColumns;
     }
   }
-  tile.store(args, row, 0);
+  store_int4_tile(args, row, 0, tile.total);
 }
 
 // 3 x 64: the integer sums and the fp32 results take 24 registers, the unpacked weights of a step
@@ -142,7 +126,7 @@ inline void run_expanded(const GemmArgs& args, int row, int first_line, const ui
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) tile.fold_group(j, _mm512_load_ps(scales + 64 * j));
   }
-  tile.store(args, row, first_line);
+  store_int4_tile(args, row, first_line, tile.total);
 }
 
 // 6 x 32: the integer sums and the fp32 results take 24 registers.

@@ -5,20 +5,8 @@
 namespace kt {
 namespace {
 
-// acc[i][j] += the dot products of one k-step.
-template <int kRows>
-inline void add_step(Int32x16 (&acc)[kRows][4], const uint8_t* const (&a)[kRows],
-                     const uint8_t* panel, int64_t step) {
-  __m512i w[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) w[j] = _mm512_load_si512(panel + kStepBytes * step + 64 * j);
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    const __m512i codes = broadcast_4_bytes(a[i] + 4 * step);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      acc[i][j] = as_int32(_mm512_dpbusd_epi32(as_bits(acc[i][j]), codes, w[j]));
-  }
+inline Int32x16 dot(Int32x16 sum, __m512i codes, __m512i w) {
+  return as_int32(_mm512_dpbusd_epi32(as_bits(sum), codes, w));
 }
 
 struct Tile {
@@ -39,18 +27,13 @@ struct Tile {
       // integer sums are exact.
       Int32x16 odd[1][4] = {};
       for (int64_t step = 0; step < steps; step += 2) {
-        add_step(acc, a, args.panel, step);
-        add_step(odd, a, args.panel, step + 1);
+        add_dot_step(acc, a, args.panel, step, dot);
+        add_dot_step(odd, a, args.panel, step + 1, dot);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) acc[0][j] += odd[0][j];
-    } else if (const uint8_t* next = prefetch_source(args, block)) {
-      for (int64_t step = 0; step < steps; ++step) {
-        prefetch_two_lines(next + kStepBytes * step);
-        add_step(acc, a, args.panel, step);
-      }
     } else {
-      for (int64_t step = 0; step < steps; ++step) add_step(acc, a, args.panel, step);
+      add_dot_steps(acc, a, args, block, steps, dot);
     }
     store_int8_tile(args, block.row, acc, tail + 256);
   }

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels/kernel.h"
+#include "kernels/x86/peak_sums.h"
 
 namespace kt {
 
@@ -31,38 +32,17 @@ uint64_t read_probe_avx2(const uint8_t* data, int64_t bytes) {
 
 // maddubs, madd and add for each 32 products, four sums in flight.
 uint64_t peak_probe_int8_avx2(int64_t iterations) {
-  __m256i sum[4];
-  for (int j = 0; j < 4; ++j) sum[j] = _mm256_set1_epi32(j);  // equal sums would be computed once
-  __m256i a = _mm256_set1_epi8(3);
-  __m256i w = _mm256_set1_epi8(5);
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 4
-    for (__m256i& lane : sum) {
-      asm volatile("" : "+x"(a), "+x"(w));  // else one product serves all sums
-      const __m256i pairs = _mm256_maddubs_epi16(a, w);
-      lane = _mm256_add_epi32(lane, _mm256_madd_epi16(pairs, ones));
-    }
-  }
-  __m256i all = sum[0];
-  for (int i = 1; i < 4; ++i) all = _mm256_add_epi32(all, sum[i]);
-  return static_cast<uint64_t>(_mm256_extract_epi64(all, 0));
+  typedef int32_t Int32x8 __attribute__((vector_size(32)));
+  const auto step = [](Int32x8 sum, __m256i a, __m256i w) {
+    const __m256i pairs = _mm256_maddubs_epi16(a, w);
+    return sum + reinterpret_cast<Int32x8>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  };
+  return run_peak_sums<4, Int32x8>(iterations, _mm256_set1_epi8(3), _mm256_set1_epi8(5), step);
 }
 
 uint64_t peak_probe_bf16_avx2(int64_t iterations) {
-  __m256 sum[12];
-  for (int j = 0; j < 12; ++j)
-    sum[j] = _mm256_set1_ps(static_cast<float>(j));  // equal sums would be computed once
-  __m256 a = _mm256_set1_ps(0.5f);
-  const __m256 w = _mm256_set1_ps(0.25f);
-  for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+x"(a));
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) sum[j] = _mm256_fmadd_ps(a, w, sum[j]);
-  }
-  float all = 0;
-  for (const __m256& lane : sum) all += _mm256_cvtss_f32(lane);
-  return static_cast<uint64_t>(all);
+  const auto step = [](__m256 sum, __m256 a, __m256 w) { return _mm256_fmadd_ps(a, w, sum); };
+  return run_peak_sums<12, __m256>(iterations, _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f), step);
 }
 
 }  // namespace kt

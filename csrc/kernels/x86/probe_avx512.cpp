@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels/kernel.h"
+#include "kernels/x86/peak_sums.h"
 
 namespace kt {
 
@@ -31,38 +32,16 @@ uint64_t read_probe_avx512(const uint8_t* data, int64_t bytes) {
 // maddubs, madd and add for each 64 products, eight sums in flight.
 uint64_t peak_probe_int8_avx512(int64_t iterations) {
   typedef int32_t Int32x16 __attribute__((vector_size(64)));
-  Int32x16 sum[8];
-  for (int j = 0; j < 8; ++j) sum[j] = Int32x16{} + j;  // equal sums would be computed once
-  __m512i a = _mm512_set1_epi8(3);
-  __m512i w = _mm512_set1_epi8(5);
-  const __m512i ones = _mm512_set1_epi16(1);
-  for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 8
-    for (Int32x16& lane : sum) {
-      asm volatile("" : "+v"(a), "+v"(w));  // else one product serves all sums
-      const __m512i pairs = _mm512_maddubs_epi16(a, w);
-      lane += reinterpret_cast<Int32x16>(_mm512_madd_epi16(pairs, ones));
-    }
-  }
-  int64_t all = 0;
-  for (const Int32x16& lane : sum) all += lane[0];
-  return static_cast<uint64_t>(all);
+  const auto step = [](Int32x16 sum, __m512i a, __m512i w) {
+    const __m512i pairs = _mm512_maddubs_epi16(a, w);
+    return sum + reinterpret_cast<Int32x16>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  };
+  return run_peak_sums<8, Int32x16>(iterations, _mm512_set1_epi8(3), _mm512_set1_epi8(5), step);
 }
 
 uint64_t peak_probe_bf16_avx512(int64_t iterations) {
-  __m512 sum[24];
-  for (int j = 0; j < 24; ++j)
-    sum[j] = _mm512_set1_ps(static_cast<float>(j));  // equal sums would be computed once
-  __m512 a = _mm512_set1_ps(0.5f);
-  const __m512 w = _mm512_set1_ps(0.25f);
-  for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+v"(a));
-#pragma GCC unroll 24
-    for (int j = 0; j < 24; ++j) sum[j] = _mm512_fmadd_ps(a, w, sum[j]);
-  }
-  float all = 0;
-  for (const __m512& lane : sum) all += _mm512_cvtss_f32(lane);
-  return static_cast<uint64_t>(all);
+  const auto step = [](__m512 sum, __m512 a, __m512 w) { return _mm512_fmadd_ps(a, w, sum); };
+  return run_peak_sums<24, __m512>(iterations, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f), step);
 }
 
 }  // namespace kt
