@@ -23,7 +23,7 @@ def after_load_model(_result: None, model_runner: Any, *_args: Any, **_kwargs: A
         A layer was wrapped whose experts are not all loaded.
     """
     global _num_moe_layers
-    methods = _methods_with_experts()
+    methods = methods_with_experts()
     if model_runner.is_draft_worker or not methods:
         return
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -43,7 +43,7 @@ def after_forward(_result: Any, _model_runner: Any, *_args: Any, **_kwargs: Any)
     global _first_forward_reported
     if _first_forward_reported:
         return
-    methods = _methods_with_experts()
+    methods = methods_with_experts()
     counts = [_rows(method) for method in methods]
     if not any(counts):
         return
@@ -61,7 +61,7 @@ def describe(methods: list[Any]) -> str:
     first = methods[0].wrapper
     engine = first.cpu_infer
     features = _ext.cpu_features()
-    num_bytes = sum(experts.bytes for method in methods for experts in _all_experts(method))
+    num_bytes = sum(experts.bytes for method in methods for experts in all_experts(method))
     return (
         f"{len(methods)}/{_num_moe_layers} MoE layers, {on_cpu} experts on CPU + {on_device} on GPU"
         f"{_device_note(methods)}, {first.method}, {features['tier']} ({_short_names(features['chosen'])}), "
@@ -69,17 +69,19 @@ def describe(methods: list[Any]) -> str:
     )
 
 
-def _methods_with_experts() -> list[Any]:
+def methods_with_experts() -> list[Any]:
+    """Return the wrapped methods of this process that have experts: those of its first tensor-parallel rank."""
     return [method for method in layers.wrapped_methods() if method.wrapper is not None]
 
 
-def _all_experts(method: Any) -> list[Any]:
+def all_experts(method: Any) -> list[Any]:
+    """Return a layer's experts on the CPU: the CPU's own, and the device's where there is no device."""
     device = getattr(method, "kt_device_experts", None)
     return [method.wrapper.moe] + ([device] if device is not None else [])
 
 
 def _rows(method: Any) -> int:
-    return sum(experts.counters()["rows"] for experts in _all_experts(method))
+    return sum(experts.counters()["rows"] for experts in all_experts(method))
 
 
 def _device_note(methods: list[Any]) -> str:
