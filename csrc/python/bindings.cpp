@@ -169,7 +169,13 @@ double probe_peak_of(const LayerHandle& handle, int milliseconds) {
 }
 
 py::dict pages_dict(const LayerHandle& handle) {
-  const PageReport report = handle.layer().store().pages();
+  PageReport report;
+  {
+    std::shared_ptr<EngineLayer> layer = handle.engine_layer();
+    const py::gil_scoped_release release;  // /proc is read line by line
+    report = layer->layer.store().pages();
+    layer.reset();  // without the GIL: a layer that was closed meanwhile waits for its jobs
+  }
   py::dict out;
   out["bytes"] = report.bytes;
   out["resident_bytes"] = report.resident_bytes;
