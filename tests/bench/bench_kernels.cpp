@@ -11,8 +11,8 @@
 //   GB/s   bytes of packed weights / time     read%  of the raw read of the same buffer
 //   GOPS   2 * m * k * 64 / time              peak%  of the peak probe of the kernel's features
 //
-// The probes of int4 are those of int8; without VNNI an int4 kernel may pass them, for it sums pairs
-// in int16 first.
+// The probes of int4 are those of int8; without VNNI an int4 kernel may pass them, for it sums
+// pairs in int16 first.
 //
 // "med" is the median over rounds of the column to its left. Each round measures raw read and every
 // kernel once, so a slow moment hits all. A result that differs from the reference row ends the run
