@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,10 +24,19 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_port() -> int:
-    """Return a TCP port nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a TCP port nobody listens on now.
+
+    A server binds it some 20 s later, so it is none of those (from 32768 on) that the kernel hands to outgoing
+    connections and to whoever asks for any port.
+    """
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("a hundred ports from 20000 to 30000 are in use.")
 
 
 def server_environment(**changes: str) -> dict[str, str]:
@@ -122,7 +132,7 @@ class Server:
 LAUNCHER = ("-m", "kt_kernel.launch_server")
 
 
-def command(model: Path, port: int, flags: Sequence[str], module: Sequence[str] = LAUNCHER) -> list[str]:
+def command(model: Path | str, port: int, flags: Sequence[str], module: Sequence[str] = LAUNCHER) -> list[str]:
     """Return the command line of a test server."""
     base = [sys.executable, *module, "--model-path", str(model)]
     return [*base, "--host", "127.0.0.1", "--port", str(port), *flags]
@@ -130,7 +140,7 @@ def command(model: Path, port: int, flags: Sequence[str], module: Sequence[str] 
 
 @contextmanager
 def serve(
-    model: Path,
+    model: Path | str,
     flags: Sequence[str] = (),
     *,
     log_path: Path,
