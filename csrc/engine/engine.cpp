@@ -48,11 +48,106 @@ EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& 
     : engine(std::move(layer_engine)),
       layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
 
-void EngineLayer::run(const MoeInput& input) { layer.forward(input); }
+EngineLayer::~EngineLayer() {
+  const uint64_t ticket = last_deferred_ticket_.load(std::memory_order_acquire);
+  if (ticket != 0) engine->stream().wait(ticket);
+}
 
-bool EngineLayer::run_deferred(const MoeInput&) { return false; }
+void EngineLayer::run(const MoeInput& input) {
+  MoeInput now = input;
+  if (left_.has_value()) layer.count_dropped_share();  // its run_deferred() never came
+  left_.reset();
+  if (chain_ != nullptr) {
+    const LayerChain::Taken taken = chain_->take(chain_position(), input.num_tokens);
+    if (taken.dropped) layer.count_dropped_share();
+    now.addend = taken.share;
+  }
+  const MoeConfig& config = layer.config();
+  bool leaves = false;
+  if (max_deferred() > 0) {
+    split_deferred(input.topk_ids, input.id_dtype, input.topk_weights, input.num_tokens,
+                   input.top_k, config.num_experts, input.skip, max_deferred(), split_);
+    for (const int expert : split_.deferred) layer.check_expert(expert);
+    leaves = !split_.deferred.empty();
+    if (leaves) now.skip = split_.skip_now.data();
+  }
+  layer.forward(now);
+  if (leaves) {
+    left_ = input;
+    left_->skip = split_.skip_deferred.data();
+  }
+}
 
-int EngineLayer::chain_position() const { return 0; }
+bool EngineLayer::run_deferred(const MoeInput& input) {
+  if (!left_.has_value() || left_->hidden_states != input.hidden_states ||
+      left_->topk_ids != input.topk_ids || left_->num_tokens != input.num_tokens) {
+    return false;
+  }
+  std::exception_ptr error;
+  try {
+    const int64_t values = int64_t{left_->num_tokens} * layer.config().hidden_size;
+    left_->fp32_output = chain_->begin_share(values);
+    layer.forward_deferred(*left_);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  chain_->end_share(chain_position(), left_->num_tokens, std::move(error));
+  left_.reset();
+  return true;
+}
+
+uint64_t EngineLayer::submit(const MoeInput& input, std::shared_ptr<const void> alive) {
+  CpuStream& stream = engine->stream();
+  if (max_deferred() == 0) {
+    // run_deferred() for the case that a link comes first
+    return stream.submit([this, input, alive = std::move(alive)] {
+      run(input);
+      run_deferred(input);
+    });
+  }
+  const uint64_t ticket = stream.submit([this, input, alive] { run(input); });
+  const uint64_t deferred =
+      stream.submit([this, input, alive = std::move(alive)] { run_deferred(input); });
+  last_deferred_ticket_.store(deferred, std::memory_order_release);
+  return ticket;
+}
+
+void EngineLayer::link(std::shared_ptr<LayerChain> chain, int position, int max_deferred) {
+  if (left_.has_value()) layer.count_dropped_share();
+  left_.reset();
+  chain_ = std::move(chain);
+  chain_position_.store(position, std::memory_order_relaxed);
+  max_deferred_.store(max_deferred, std::memory_order_relaxed);
+}
+
+void link_layers(const std::vector<std::shared_ptr<EngineLayer>>& layers,
+                 const std::vector<int>& max_deferred) {
+  KT_CHECK(layers.size() == max_deferred.size(), "got " << layers.size() << " layers, but "
+                                                        << max_deferred.size()
+                                                        << " numbers of deferred experts.");
+  if (layers.empty()) return;
+  const EngineLayer& first = *layers.front();
+  for (const std::shared_ptr<EngineLayer>& each : layers) {
+    KT_CHECK(each->engine == first.engine, "layers " << first.layer.config().layer_idx << " and "
+                                                     << each->layer.config().layer_idx
+                                                     << " have different worker pools; layers of "
+                                                        "one chain share one.");
+    KT_CHECK(each->layer.config().hidden_size == first.layer.config().hidden_size,
+             "layers of one chain must have one hidden_size, not "
+                 << first.layer.config().hidden_size << " and " << each->layer.config().hidden_size
+                 << ".");
+  }
+  for (const int count : max_deferred) {
+    KT_CHECK(count >= 0, "max_deferred is " << count << "; it must be at least 0.");
+  }
+  first.engine->run([&] {
+    const auto chain = std::make_shared<LayerChain>();
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const bool has_successor = i + 1 < layers.size();
+      layers[i]->link(chain, static_cast<int>(i), has_successor ? max_deferred[i] : 0);
+    }
+  });
+}
 
 int64_t register_layer(std::shared_ptr<EngineLayer> layer) {
   LayerTable& table = layer_table();

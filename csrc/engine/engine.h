@@ -2,12 +2,16 @@
 #pragma once
 
 #include <any>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "engine/layer_chain.h"
+#include "moe/deferral.h"
 #include "moe/moe_layer.h"
 #include "runtime/cpu_stream.h"
 #include "system/topology.h"
@@ -51,20 +55,55 @@ class Engine {
 //
 // Every forward is two jobs of the engine's stream, in this order and with nothing between them:
 //   run(input)           writes input.output; from here on the caller may be told that it is done
-//   run_deferred(input)  computes what run() left for the successor layer
-// Threads  run() and run_deferred() inside jobs of the engine's stream.
+//   run_deferred(input)  computes what run() left, into the share that the chain hands to the
+//                        successor: the next layer of the model adds it to its own output
+// Nothing is left by a layer that is not linked, has no successor or may defer nothing.
+//
+// Threads  run() and run_deferred() inside jobs of the engine's stream; the rest from any.
 // Lifetime  input's arrays stay whole until run_deferred() has returned; output is final, and may
-// change, from the return of run().
-struct EngineLayer {
+// change, from the return of run(). The destructor waits for what submit() queued, so the last
+// owner is never a job of the stream.
+class EngineLayer {
+ public:
   EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config);
+  ~EngineLayer();
+  EngineLayer(const EngineLayer&) = delete;
+  EngineLayer& operator=(const EngineLayer&) = delete;
+
+  // Adds the predecessor's share if it is of this pass, and leaves the experts that may wait.
+  // Errors  as MoeLayer::forward(), for the experts it leaves too; what went wrong in computing the
+  // predecessor's share.
   void run(const MoeInput& input);
-  // Errors  none: false if nothing was left.
+  // Errors  none: they are kept for the successor's run(). False if nothing was left.
   bool run_deferred(const MoeInput& input);
-  // 0 for the first layer of a model, one more for each that follows: neighbours differ in parity.
-  int chain_position() const;
+  // Queues both and returns the ticket of run(). `alive` is kept until run_deferred() is done.
+  uint64_t submit(const MoeInput& input, std::shared_ptr<const void> alive);
+
+  // Makes this the layer at `position` of a chain. A job of the engine's stream; see link_layers().
+  void link(std::shared_ptr<LayerChain> chain, int position, int max_deferred);
+  // 0 for the first layer of a chain, one more for each that follows: neighbours differ in parity.
+  int chain_position() const { return chain_position_.load(std::memory_order_relaxed); }
+  // Experts a token may leave for the successor; 0 without one.
+  int max_deferred() const { return max_deferred_.load(std::memory_order_relaxed); }
+
   std::shared_ptr<Engine> engine;
   MoeLayer layer;
+
+ private:
+  std::shared_ptr<LayerChain> chain_;  // may be null
+  std::atomic<int> chain_position_{0};
+  std::atomic<int> max_deferred_{0};
+  DeferralSplit split_;
+  std::optional<MoeInput> left_;  // what run() left for run_deferred()
+  std::atomic<uint64_t> last_deferred_ticket_{0};
 };
+
+// Links the layers of one model in the order of a pass: each hands what it defers to the next.
+// max_deferred[i] is the number of experts that a token may leave at layers[i]; that of the last
+// layer is not used. Earlier links of these layers end. Waits for the stream.
+// Errors  kt::Error for lists of different lengths, layers of several engines or widths.
+void link_layers(const std::vector<std::shared_ptr<EngineLayer>>& layers,
+                 const std::vector<int>& max_deferred);
 
 // Handles let a tensor operator name a layer by an integer. Thread-safe. A handle is never reused.
 int64_t register_layer(std::shared_ptr<EngineLayer> layer);

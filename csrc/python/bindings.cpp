@@ -156,6 +156,15 @@ py::dict counters_dict(const LayerHandle& handle) {
   return out;
 }
 
+void link_handles(const std::vector<const LayerHandle*>& handles,
+                  const std::vector<int>& max_deferred) {
+  std::vector<std::shared_ptr<EngineLayer>> layers;
+  for (const LayerHandle* handle : handles) layers.push_back(handle->engine_layer());
+  const py::gil_scoped_release release;
+  link_layers(layers, max_deferred);
+  layers.clear();  // without the GIL: a layer that was closed meanwhile waits for its jobs
+}
+
 double probe_read_of(const LayerHandle& handle) {
   const std::shared_ptr<EngineLayer> layer = handle.engine_layer();
   const py::gil_scoped_release release;
@@ -227,11 +236,18 @@ void bind_layer(py::module_& m) {
           "loaded", [](const LayerHandle& layer) { return layer.layer().store().all_loaded(); })
       .def_property_readonly("explain",
                              [](const LayerHandle& layer) { return layer.layer().explain(); })
+      .def_property_readonly(
+          "chain_position",
+          [](const LayerHandle& layer) { return layer.engine_layer()->chain_position(); })
+      .def_property_readonly(
+          "max_deferred",
+          [](const LayerHandle& layer) { return layer.engine_layer()->max_deferred(); })
       .def("counters", &counters_dict)
       .def("pages", &pages_dict)
       .def("probe_read", &probe_read_of)
       .def("probe_peak", &probe_peak_of, py::arg("milliseconds") = 20)
       .def("close", &LayerHandle::close);
+  m.def("link_layers", &link_handles, py::arg("layers"), py::arg("max_deferred"));
 }
 
 }  // namespace

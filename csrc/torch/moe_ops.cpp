@@ -99,11 +99,12 @@ at::Tensor submit(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
   std::shared_ptr<EngineLayer> target = find_layer(layer);
   ForwardTensors tensors = check_forward(hidden_states, topk_ids, topk_weights, skip,
                                          target->layer.config(), /*own=*/true);
-  const at::Tensor output = tensors.output;
-  EngineLayer* const engine_layer =
-      target.get();  // the pending entry keeps it alive, and close_layer waits for the job
-  const uint64_t stream_ticket = target->engine->stream().submit(
-      [engine_layer, tensors = std::move(tensors)] { engine_layer->run(tensors.input()); });
+  const MoeInput input = tensors.input();
+  // The jobs keep the inputs only: the output becomes a Python object, which a thread of the pool
+  // must not be the last to let go. The pending entry has it, and the layer.
+  const at::Tensor output = std::move(tensors.output);
+  const uint64_t stream_ticket =
+      target->submit(input, std::make_shared<const ForwardTensors>(std::move(tensors)));
   const int64_t ticket = add_pending({std::move(target), stream_ticket, output});
   return at::scalar_tensor(ticket, at::kLong).reshape({1});
 }
