@@ -7,9 +7,11 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cstdint>
+#include <ctime>
 
 namespace kt {
 
@@ -38,20 +40,13 @@ class alignas(64) ParkingWord {
   }
 
   // Returns the value as soon as it differs from `seen`. Spins for about `spin_us`, then sleeps.
-  uint32_t wait_while(uint32_t seen, int spin_us) {
-    uint32_t value = load();
-    if (value != seen) return value;
-    if (spin_us > 0) {
-      value = spin_while(seen, spin_us);
-      if (value != seen) return value;
-    }
-    num_parked_.fetch_add(1, std::memory_order_seq_cst);
-    // woken for nothing, by a signal or by an earlier advance(): look again
-    while ((value = value_.load(std::memory_order_seq_cst)) == seen) {
-      futex(FUTEX_WAIT_PRIVATE, seen);
-    }
-    num_parked_.fetch_sub(1, std::memory_order_relaxed);
-    return value;
+  uint32_t wait_while(uint32_t seen, int spin_us) { return wait(seen, spin_us, nullptr); }
+
+  // As wait_while(), but returns `seen` after sleeping for `sleep_us` (at most some hours).
+  uint32_t wait_while_for(uint32_t seen, int spin_us, int64_t sleep_us) {
+    const timespec timeout{static_cast<time_t>(sleep_us / 1'000'000),
+                           static_cast<long>(sleep_us % 1'000'000) * 1000};
+    return wait(seen, spin_us, &timeout);
   }
 
   // Threads asleep or about to be.
@@ -61,6 +56,22 @@ class alignas(64) ParkingWord {
   // One pause takes 40 (Zen 4) to 140 (Skylake and later) cycles, reading the clock about 25 ns:
   // at 64 pauses the clock costs under 3 % of the time and the limit is kept to 3 us.
   static constexpr int kPausesPerClockRead = 64;
+
+  uint32_t wait(uint32_t seen, int spin_us, const timespec* timeout) {
+    uint32_t value = load();
+    if (value != seen) return value;
+    if (spin_us > 0) {
+      value = spin_while(seen, spin_us);
+      if (value != seen) return value;
+    }
+    num_parked_.fetch_add(1, std::memory_order_seq_cst);
+    // woken for nothing, by a signal or by an earlier advance(): look again
+    while ((value = value_.load(std::memory_order_seq_cst)) == seen) {
+      if (futex(FUTEX_WAIT_PRIVATE, seen, timeout) == -1 && errno == ETIMEDOUT) break;
+    }
+    num_parked_.fetch_sub(1, std::memory_order_relaxed);
+    return value;
+  }
 
   uint32_t spin_while(uint32_t seen, int spin_us) const {
     using Clock = std::chrono::steady_clock;
@@ -80,9 +91,9 @@ class alignas(64) ParkingWord {
     }
   }
 
-  void futex(int operation, uint32_t argument) {
+  long futex(int operation, uint32_t argument, const timespec* timeout = nullptr) {
     static_assert(sizeof(value_) == sizeof(uint32_t) && decltype(value_)::is_always_lock_free);
-    syscall(SYS_futex, &value_, operation, argument, nullptr, nullptr, 0);
+    return syscall(SYS_futex, &value_, operation, argument, timeout, nullptr, 0);
   }
 
   std::atomic<uint32_t> value_{0};

@@ -1,12 +1,15 @@
 #include "runtime/cpu_stream.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "base/parking_word.h"
@@ -19,6 +22,15 @@ namespace {
 // wake-up cost 4 to 15 us, so a few microseconds only catch what is about to happen anyway.
 constexpr int kSpinUs = 4;
 
+// Sleeps between two looks at polled work: not shorter than the kernel's timer slack (50 us), and
+// 50 wake-ups a second on an idle host.
+constexpr int64_t kMinPollSleepUs = 50;
+constexpr int64_t kMaxPollSleepUs = 20'000;
+// Looks between two readings of the clock (25 ns).
+constexpr int kPollsPerClockRead = 32;
+
+using Clock = std::chrono::steady_clock;
+
 }  // namespace
 
 // The queue is under a mutex; the words only tell that something changed. They are advanced outside
@@ -30,8 +42,15 @@ struct CpuStream::State {
     std::function<void()> body;
   };
 
+  struct Polled {
+    PolledWork* work = nullptr;
+    std::chrono::microseconds spin{0};
+  };
+
   void run_jobs();
   void run_one(Job job);
+  PolledWork* poll(uint32_t seen);
+  void run_polled(PolledWork& found, uint32_t seen);
 
   std::mutex mutex;
   std::deque<Job> jobs;                           // guarded by mutex
@@ -44,6 +63,9 @@ struct CpuStream::State {
   ParkingWord done;                               // a job is done
   std::atomic<uint64_t> num_completed{0};
   std::atomic<std::thread::id> runner{};  // the thread a job runs on now
+  std::vector<Polled> polled;             // the stream's thread's own
+  Clock::time_point last_active{};        // the stream's thread's own: its last job or wake()
+  std::atomic<bool> polls{false};         // `polled` is not empty
   std::thread thread;
 };
 
@@ -66,9 +88,51 @@ void CpuStream::State::run_one(Job job) {
   done.advance();
 }
 
+// Looks for polled work until there is some, or until `work` is no longer `seen`: null.
+PolledWork* CpuStream::State::poll(uint32_t seen) {
+  std::chrono::microseconds spin{0};
+  for (const Polled& source : polled) spin = std::max(spin, source.spin);
+  while (true) {
+    for (int i = 0; i < kPollsPerClockRead; ++i) {
+      for (const Polled& source : polled) {
+        if (source.work->ready()) return source.work;
+      }
+      if (work.load() != seen) return nullptr;
+      __builtin_ia32_pause();
+    }
+    const auto idle =
+        std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - last_active);
+    if (idle < spin) continue;
+    const int64_t sleep_us =
+        std::clamp<int64_t>(idle.count() / 8, kMinPollSleepUs, kMaxPollSleepUs);
+    if (work.wait_while_for(seen, 0, sleep_us) != seen) return nullptr;
+  }
+}
+
+// The job takes its ticket when it is found; where a caller of run() is at work, its end changes
+// `work`, and the job is found again.
+void CpuStream::State::run_polled(PolledWork& found, uint32_t seen) {
+  uint64_t ticket = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!caller_runs) {
+      if (!jobs.empty()) return;
+      ticket = ++num_submitted;
+    }
+  }
+  if (ticket != 0) {
+    run_one({ticket, [&found] { found.run(); }});
+  } else {
+    work.wait_while(seen, kSpinUs);
+  }
+}
+
 void CpuStream::State::run_jobs() {
+  uint32_t last_seen = 0;
   while (true) {
     const uint32_t seen = work.load();
+    if (seen != last_seen) last_active = Clock::now();
+    last_seen = seen;
     Job job;
     {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -81,8 +145,12 @@ void CpuStream::State::run_jobs() {
     }
     if (job.body) {
       run_one(std::move(job));
-    } else {
+      if (!polled.empty()) last_active = Clock::now();
+    } else if (polled.empty()) {
       work.wait_while(seen, kSpinUs);
+    } else if (PolledWork* const found = poll(seen)) {
+      run_polled(*found, seen);
+      last_active = Clock::now();
     }
   }
 }
@@ -154,7 +222,7 @@ void CpuStream::run(std::function<void()> job) {
   {
     const std::lock_guard<std::mutex> lock(state.mutex);
     state.caller_runs = false;
-    more = !state.jobs.empty() || state.stopping;
+    more = !state.jobs.empty() || state.stopping || state.polls.load(std::memory_order_relaxed);
   }
   if (more) state.work.advance();
   wait(ticket);
@@ -189,6 +257,26 @@ void CpuStream::wait(uint64_t ticket) {
   }
   std::rethrow_exception(error);
 }
+
+// Both as jobs, so that only the stream's thread ever touches the list.
+void CpuStream::attach(PolledWork& work, int64_t spin_us) {
+  State& state = *state_;
+  wait(submit([&state, &work, spin_us] {
+    state.polled.push_back({&work, std::chrono::microseconds(spin_us)});
+    state.polls.store(true, std::memory_order_relaxed);
+  }));
+}
+
+void CpuStream::detach(PolledWork& work) {
+  State& state = *state_;
+  wait(submit([&state, &work] {
+    std::erase_if(state.polled,
+                  [&work](const State::Polled& source) { return source.work == &work; });
+    state.polls.store(!state.polled.empty(), std::memory_order_relaxed);
+  }));
+}
+
+void CpuStream::wake() { state_->work.advance(); }
 
 uint64_t CpuStream::completed() const {
   return state_->num_completed.load(std::memory_order_acquire);

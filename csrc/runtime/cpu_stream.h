@@ -7,6 +7,16 @@
 
 namespace kt {
 
+// Jobs that arrive otherwise than by CpuStream::submit(): a device rings for them by writing memory.
+class PolledWork {
+ public:
+  virtual ~PolledWork() = default;
+  // Whether a job waits. Called by the stream's thread only, in a loop: a few loads.
+  virtual bool ready() = 0;
+  // Runs the job that ready() saw. Throws nothing.
+  virtual void run() = 0;
+};
+
 // Protocol
 //   state      who writes                                who waits
 //   queued     submit()                                  the stream's thread
@@ -37,6 +47,18 @@ class CpuStream {
   void run(std::function<void()> job);
   // Tickets whose job is done.
   uint64_t completed() const;
+
+  // From now on the stream's thread looks for `work` whenever its queue is empty, and runs it as a
+  // job: in one order with those of submit() and run(), never beside them. It spins for `spin_us`
+  // after its last job or wake(), then looks after sleeps that grow with the idle time from 50 us
+  // to 20 ms (an eighth of it), so that a wake() which never came makes a job late and not lost.
+  // Lifetime  `work` stays until detach() has returned.
+  void attach(PolledWork& work, int64_t spin_us);
+  // Returns when the thread does not look at `work` any more, after what is queued.
+  void detach(PolledWork& work);
+  // Ends a sleep of the stream's thread and begins its spinning anew. From any thread; no lock, no
+  // allocation.
+  void wake();
 
  private:
   struct State;

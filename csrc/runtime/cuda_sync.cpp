@@ -1,0 +1,321 @@
+#include "runtime/cuda_sync.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <thread>
+#include <utility>
+
+#include "base/check.h"
+
+namespace kt {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr char kSignalVariable[] = "KT_CUDA_SIGNAL";
+constexpr char kFoundVariable[] = "KT_CUDA_SIGNAL_FOUND";
+constexpr char kSpinVariable[] = "KT_CUDA_SPIN_MS";
+constexpr char kTimeoutVariable[] = "KT_SYNC_TIMEOUT";
+
+// Arenas hold whole multiples: a batch a little larger than the last does not pin memory anew.
+constexpr int kCapacityStep = 64;
+constexpr milliseconds kDrainPatience{2'000};
+
+std::atomic<int> expected_batch{0};
+
+std::string variable(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// Seconds or milliseconds of at most a year, in thousandths.
+int64_t thousandths(const char* name, int64_t unset) {
+  const std::string text = variable(name);
+  if (text.empty()) return unset;
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  KT_CHECK(end != nullptr && *end == '\0' && value >= 0 && value <= 31'536'000.0,
+           name << "='" << text << "' is no duration; give a number of at least 0.");
+  return static_cast<int64_t>(value * 1000);
+}
+
+CuAddress address(const void* device_pointer) {
+  return static_cast<CuAddress>(reinterpret_cast<uintptr_t>(device_pointer));
+}
+
+size_t hidden_bytes(const DeviceInput& input) {
+  return static_cast<size_t>(input.num_tokens) * input.hidden_size * dtype_bits(input.dtype) / 8;
+}
+
+}  // namespace
+
+DeviceSyncOptions DeviceSyncOptions::from_environment() {
+  DeviceSyncOptions options;
+  std::string way = variable(kSignalVariable);
+  KT_CHECK(way.empty() || way == "doorbell" || way == "hostfunc",
+           kSignalVariable << "='" << way << "' is no way to signal; use doorbell or hostfunc.");
+  if (way.empty()) way = variable(kFoundVariable);
+  options.way = way == "doorbell" ? SignalWay::kDoorbell : SignalWay::kHostFunction;
+  options.spin_us = thousandths(kSpinVariable, options.spin_us);
+  options.timeout_ms = thousandths(kTimeoutVariable, options.timeout_ms);
+  return options;
+}
+
+DeviceSync::DeviceSync(CpuStream& stream, int device, const DeviceSyncOptions& options)
+    : stream_(stream),
+      driver_(options.driver != nullptr ? *options.driver : cuda_driver()),
+      context_(std::make_unique<PrimaryContext>(driver_, device)),
+      options_(options),
+      last_layer_(std::numeric_limits<int>::max()) {
+  KT_CHECK(options.way == SignalWay::kHostFunction || driver_.has_memory_operations,
+           kSignalVariable << "=doorbell needs cuStreamWaitValue32, which this driver does not "
+                              "have; use hostfunc.");
+  const CurrentContext current(driver_, context_->get());
+  const RelaxedCapture relaxed(driver_);
+  check_cuda(driver_, driver_.event_create(&order_event_, kCuEventDisableTiming), "cuEventCreate");
+  jobs_ = std::make_unique<DeviceJobs>(stream, options.way, options.timeout_ms);
+  if (options.way == SignalWay::kDoorbell) stream_.attach(*jobs_, options_.spin_us);
+}
+
+DeviceSync::~DeviceSync() {
+  jobs_->close();
+  const auto deadline = std::chrono::steady_clock::now() + kDrainPatience;
+  bool free = false;
+  try {
+    const CurrentContext current(driver_, context_->get());
+    while (!(free = drained()) && std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+    if (way() == SignalWay::kDoorbell) stream_.detach(*jobs_);
+    if (free) {
+      arenas_.clear();
+      driver_.event_destroy(order_event_);
+      jobs_.reset();
+      return;
+    }
+  } catch (const Error&) {
+    // the context is broken: nothing in it can be freed, and no stream of it comes on
+    if (way() == SignalWay::kDoorbell) stream_.detach(*jobs_);
+  }
+  // A graph or a stream may still write these words and call these functions.
+  jobs_->take_over();
+  jobs_.release();
+  for (std::unique_ptr<Arena>& arena : arenas_) arena.release();
+  context_.release();
+}
+
+// With the context current. Whether neither a stream nor a graph refers to anything here; throws if
+// the context is broken.
+bool DeviceSync::drained() {
+  const RelaxedCapture relaxed(driver_);
+  if (jobs_->num_outstanding() != 0) return false;
+  for (const std::unique_ptr<Arena>& arena : arenas_) {
+    if (arena->num_captured != 0) return false;
+    for (const std::unique_ptr<Slot>& slot : arena->slots()) {
+      if (slot == nullptr || !slot->has_last_use) continue;
+      const CuResult result = driver_.event_query(slot->last_use);
+      if (result == kCuNotReady) return false;
+      check_cuda(driver_, result, "cuEventQuery");
+    }
+  }
+  return true;
+}
+
+bool DeviceSync::is_capturing(CuStream stream) {
+  int status = kCuCaptureNone;
+  check_cuda(driver_, driver_.stream_is_capturing(stream, &status), "cuStreamIsCapturing");
+  return status != kCuCaptureNone;
+}
+
+void DeviceSync::order(CuStream before, CuStream after) {
+  if (before == after) return;
+  check_cuda(driver_, driver_.event_record(order_event_, before), "cuEventRecord");
+  check_cuda(driver_, driver_.stream_wait_event(after, order_event_, 0), "cuStreamWaitEvent");
+}
+
+Arena& DeviceSync::arena_for(const ArenaShape& shape, int num_tokens) {
+  const auto found = std::find_if(arenas_.rbegin(), arenas_.rend(),
+                                  [&](const auto& arena) { return arena->shape() == shape; });
+  if (found != arenas_.rend() && (*found)->capacity() >= num_tokens) return **found;
+  const int wanted = std::max(num_tokens, expected_batch.load());
+  const int capacity = (wanted + kCapacityStep - 1) / kCapacityStep * kCapacityStep;
+  arenas_.push_back(std::make_unique<Arena>(driver_, shape, capacity));
+  return *arenas_.back();
+}
+
+DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStream stream,
+                                CuStream current) {
+  jobs_->check();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const CurrentContext context(driver_, context_->get());
+  const bool captured = is_capturing(stream);
+  std::erase_if(abandoned_, [&](Slot* slot) {
+    slot->held = jobs_->refers_to(*slot);
+    return !slot->held;
+  });
+  Arena& arena = arena_for({input.hidden_size, input.top_k, input.dtype}, input.num_tokens);
+  const auto [slot, made] = arena.acquire(work.chain_position);
+  if (made) jobs_->add_slot(*slot);
+  DeviceJob& job = jobs_->add(*slot, std::move(work), captured);
+  job.output_bytes = hidden_bytes(input);
+  job.stream = stream;
+  slot->held = true;
+  bool rung = false;
+  try {
+    enqueue_submit(input, job, stream, current);
+    rung = true;
+    order(stream, current);
+  } catch (const Error&) {
+    slot->stranded = rung && captured;
+    if (rung) {
+      abandoned_.push_back(slot);
+    } else {
+      slot->held = false;
+    }
+    job.captured = captured && rung;
+    jobs_->abandon(job, rung);
+    throw;
+  }
+  if (captured) ++arena.num_captured;
+  last_layer_ = job.work.layer_idx;
+  return {job.id, job.serial};
+}
+
+void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream,
+                                CuStream current) {
+  Slot& slot = *job.slot;
+  if (way() == SignalWay::kDoorbell && job.work.layer_idx <= last_layer_) {
+    // the first layer of a pass: the CPU stream's thread may be asleep
+    check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::wake, jobs_.get()),
+               "cuLaunchHostFunc");
+  }
+  order(current, stream);
+  if (!job.captured && slot.has_last_use && slot.last_stream != stream) {
+    check_cuda(driver_, driver_.stream_wait_event(stream, slot.last_use, 0), "cuStreamWaitEvent");
+  }
+  const size_t routes = static_cast<size_t>(input.num_tokens) * input.top_k;
+  const auto copy = [&](void* to, const void* from, size_t bytes) {
+    check_cuda(driver_, driver_.memcpy_dtoh_async(to, address(from), bytes, stream),
+               "cuMemcpyDtoHAsync");
+  };
+  copy(slot.buffers.hidden_states, input.hidden_states, hidden_bytes(input));
+  copy(slot.buffers.topk_ids, input.topk_ids, routes * dtype_bits(input.id_dtype) / 8);
+  copy(slot.buffers.topk_weights, input.topk_weights, routes * sizeof(float));
+  if (way() == SignalWay::kDoorbell) {
+    check_cuda(driver_,
+               driver_.stream_write_value32(stream, slot.req_address, job.id, kCuWriteDefault),
+               "cuStreamWriteValue32");
+  } else {
+    check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::push, &job),
+               "cuLaunchHostFunc");
+  }
+}
+
+void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream, CuStream current) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const CurrentContext context(driver_, context_->get());
+    DeviceJob& job = jobs_->find(ticket.id, ticket.serial);
+    Slot& slot = *job.slot;
+    try {
+      const bool captured = is_capturing(stream);
+      KT_CHECK(captured == job.captured,
+               "the forward of layer "
+                   << job.work.layer_idx << " was submitted "
+                   << (job.captured ? "during" : "outside of") << " a graph capture and synced "
+                   << (captured ? "in one" : "without one") << "; capture both, or neither.");
+      enqueue_sync(job, result, stream, current);
+    } catch (const Error&) {
+      slot.stranded = job.captured;
+      abandoned_.push_back(&slot);
+      jobs_->abandon(job, true);
+      throw;
+    }
+    slot.held = false;
+    slot.has_last_use = !job.captured;
+    slot.last_stream = stream;
+    jobs_->set_synced(job);
+  }
+  jobs_->check();
+}
+
+void DeviceSync::enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current) {
+  Slot& slot = *job.slot;
+  const auto write = [&](CuAddress word, uint32_t value) {
+    check_cuda(driver_, driver_.stream_write_value32(stream, word, value, kCuWriteDefault),
+               "cuStreamWriteValue32");
+  };
+  order(current, stream);
+  if (way() == SignalWay::kDoorbell) {
+    write(slot.arrived_address, job.id);
+    check_cuda(driver_,
+               driver_.stream_wait_value32(stream, slot.done_address, job.id, kCuWaitEqual),
+               "cuStreamWaitValue32");
+    write(slot.done_address, 0);
+    write(slot.arrived_address, 0);
+  } else {
+    check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::wait, &job),
+               "cuLaunchHostFunc");
+  }
+  check_cuda(
+      driver_,
+      driver_.memcpy_htod_async(address(result), slot.buffers.output, job.output_bytes, stream),
+      "cuMemcpyHtoDAsync");
+  if (!job.captured) {
+    check_cuda(driver_, driver_.event_record(slot.last_use, stream), "cuEventRecord");
+  }
+  order(stream, current);
+}
+
+void DeviceSync::retire(const void* owner) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Slot* const slot : jobs_->retire(owner)) abandoned_.push_back(slot);
+}
+
+void DeviceSync::clear() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const CurrentContext context(driver_, context_->get());
+  const RelaxedCapture relaxed(driver_);
+  const auto unused = [&](const Slot& slot) {
+    if (slot.held || slot.stranded || jobs_->refers_to(slot)) return false;
+    return !slot.has_last_use || driver_.event_query(slot.last_use) == kCuSuccess;
+  };
+  std::vector<std::unique_ptr<Arena>> gone;
+  for (std::unique_ptr<Arena>& arena : arenas_) {
+    const bool keep =
+        arena->num_captured != 0 || std::any_of(arena->slots().begin(), arena->slots().end(),
+                                                [&](const std::unique_ptr<Slot>& slot) {
+                                                  return slot != nullptr && !unused(*slot);
+                                                });
+    if (!keep) gone.push_back(std::move(arena));
+  }
+  std::erase(arenas_, nullptr);
+  // the CPU stream looks at slots until it is told, in its own order
+  stream_.wait(stream_.submit([&] {
+    for (const std::unique_ptr<Arena>& arena : gone) {
+      for (const std::unique_ptr<Slot>& slot : arena->slots()) {
+        if (slot != nullptr) jobs_->remove_slot(*slot);
+      }
+    }
+  }));
+}
+
+size_t DeviceSync::num_arenas() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return arenas_.size();
+}
+
+void expect_batch(int num_tokens) {
+  int known = expected_batch.load();
+  while (num_tokens > known && !expected_batch.compare_exchange_weak(known, num_tokens)) {
+  }
+}
+
+const std::string& device_driver_reason() { return cuda_driver().reason; }
+
+bool device_driver_is_double() { return cuda_driver().is_double; }
+
+}  // namespace kt
