@@ -45,6 +45,17 @@ inline __m512 load_bf16_scales(const uint8_t* source) {
   return _mm512_castsi512_ps(shift_left_16(_mm512_maskz_cvtepu16_epi32(0xffff, bf16)));
 }
 
+// One packed int4 k-step: the codes + 8 of its first and of its last 4 k, a line of columns each.
+inline void load_int4_step(const uint8_t* panel, Int32x16 (&low)[4], Int32x16 (&high)[4]) {
+  const Int32x16 nibble = as_int32(_mm512_set1_epi8(0x0f));
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const Int32x16 codes = as_int32(_mm512_load_si512(panel + 64 * j));
+    low[j] = codes & nibble;
+    high[j] = (codes >> 4) & nibble;
+  }
+}
+
 // The same 4 bytes in each of 16 lanes.
 inline __m512i broadcast_4_bytes(const uint8_t* source) {
   int32_t bytes;

@@ -10,19 +10,13 @@ namespace {
 template <int kRows>
 inline void add_32(Int32x16 (&sum)[kRows][4], const uint8_t* const (&a)[kRows],
                    const uint8_t* panel, int64_t k) {
-  const Int32x16 nibble = as_int32(_mm512_set1_epi8(0x0f));
   Int16x32 pairs[kRows][4] = {};
   // Unrolled, g++ mixes the steps and spills.
 #pragma GCC unroll 1
   for (const int64_t k_end = k + 32; k < k_end; k += 8, panel += kStepBytes) {
     Int32x16 low[4];
     Int32x16 high[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Int32x16 codes = as_int32(_mm512_load_si512(panel + 64 * j));
-      low[j] = codes & nibble;
-      high[j] = (codes >> 4) & nibble;
-    }
+    load_int4_step(panel, low, high);
 #pragma GCC unroll 2
     for (int i = 0; i < kRows; ++i) {
       const __m512i a_low = broadcast_4_bytes(a[i] + k);

@@ -55,7 +55,6 @@ inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
   Tile<kRows, 4> tile;
   const int32_t* group_sum[kRows];
   tile.start(args, row, group_sum);
-  const Int32x16 nibble = as_int32(_mm512_set1_epi8(0x0f));
   const uint8_t* panel = args.panel;
   int64_t k = 0;
   for (int64_t group = 0; k < args.k; ++group) {
@@ -68,12 +67,7 @@ inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
       }
       Int32x16 low[4];
       Int32x16 high[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const Int32x16 codes = as_int32(_mm512_load_si512(panel + 64 * j));
-        low[j] = codes & nibble;
-        high[j] = (codes >> 4) & nibble;
-      }
+      load_int4_step(panel, low, high);
       tile.add(low, k);
       tile.add(high, k + 4);
     }
