@@ -10,9 +10,11 @@ namespace kt {
 namespace {
 
 // Runs sum = step(sum, a, w) on each of kSums vectors, `iterations` times, and returns something of
-// the sums. step captures nothing: what it captured would be kept in memory.
+// the sums. step captures nothing: what it captured would be kept in memory. Inlined always: the
+// loop belongs to the symbol that kernels.inc names.
 template <int kSums, typename Sum, typename Operand, typename Step>
-inline uint64_t run_peak_sums(int64_t iterations, Operand a, Operand w, Step step) {
+__attribute__((always_inline)) inline uint64_t run_peak_sums(int64_t iterations, Operand a,
+                                                             Operand w, Step step) {
   static_assert(kSums <= 24);
   using Lane = decltype(Sum{}[0] + 0);
   Sum sum[kSums];
