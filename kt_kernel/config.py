@@ -45,6 +45,12 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "method of `kt_kernel.integrations.transformers` where `register()` names none",
     ),
     EnvironmentVariable(
+        "KT_EXPERT_COUNTS",
+        "no record",
+        "kt_kernel/integrations/sglang/expert_counts.py",
+        "file to record in how often each expert is chosen; `--kt-record-expert-counts` sets it",
+    ),
+    EnvironmentVariable(
         "KT_LOG_LEVEL",
         "the level of Python's root logger",
         "kt_kernel/config.py",

@@ -97,6 +97,7 @@ def tables() -> dict[str, str]:
     return {
         "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py").METHODS),
         "kernels": kernels_table(kernels),
+        "flags": load_source(ROOT / "kt_kernel/integrations/sglang/flags.py").flags_table(),
         "environment": load_source(ROOT / "kt_kernel/config.py").environment_table(),
     }
 

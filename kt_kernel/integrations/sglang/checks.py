@@ -15,7 +15,7 @@ import torch
 from kt_kernel.checkpoint import model_sizes, read_config
 from kt_kernel.config import MoEConfig, default_num_threads, usable_cpus
 from kt_kernel.experts import packed_bytes, scratch_bytes
-from kt_kernel.integrations.sglang import memory
+from kt_kernel.integrations.sglang import flags, memory
 from kt_kernel.loader import PackedSource, open_source
 from kt_kernel.methods import METHODS, get_method
 
@@ -68,6 +68,7 @@ def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
 
     try:
         verify_hooks()
+        flags.hand_on(args, expert_source)
         source = check_flags(args)
         adjust(args, source)
         server_args = original(cls, args)
@@ -95,7 +96,7 @@ def kt_flags_given(args: Any, argv: Any = None) -> bool:
     """Whether a ``--kt-*`` flag is used: one with another value than SGLang's default, or typed at all."""
     if any(word.startswith("--kt-") for word in (sys.argv if argv is None else argv)):
         return True
-    if args.kt_weight_path is not None:
+    if args.kt_weight_path is not None or flags.given(args):
         return True
     return any(getattr(args, name) != default for name, default in FLAG_DEFAULTS.items())
 
@@ -162,6 +163,7 @@ def check_flags(args: Any) -> ExpertSource:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1, or leave the flag out.")
     _check_same_model(args.model_path, source)
+    flags.check_location(args, source)
     return source
 
 

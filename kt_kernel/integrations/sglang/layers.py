@@ -119,7 +119,7 @@ def process_weights_after_loading(self: Any, layer: nn.Module) -> None:
     if self.num_gpu_experts:
         self.kt_device_experts = _pack_device_experts(self, layer)
         self.kt_device_skip = torch.arange(self.global_num_experts) >= self.num_gpu_experts
-    self.wrapper.load_weights(_physical_to_logical_map(self))
+    self.wrapper.load_weights(physical_to_logical_map(self))
 
 
 def apply(self: Any, layer: nn.Module, dispatch_output: Any) -> Any:
@@ -178,7 +178,8 @@ def _pack_device_experts(method: Any, layer: nn.Module) -> Any:
     return experts
 
 
-def _physical_to_logical_map(method: Any) -> Tensor:
+def physical_to_logical_map(method: Any) -> Tensor:
+    """Return the model's expert in each slot of a layer: ``[num_experts]``, int64, CPU."""
     from sglang.srt.eplb.expert_location_dispatch import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()

@@ -6,7 +6,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kt_kernel.integrations.sglang import PLATFORM_NAME, checks, kv_pool, layers, report, shared_expert
+from kt_kernel.integrations.sglang import (
+    PLATFORM_NAME,
+    checks,
+    expert_counts,
+    flags,
+    kv_pool,
+    layers,
+    placement,
+    report,
+    shared_expert,
+)
 
 WRAPPER = "sglang.srt.layers.moe.kt_ep_wrapper."
 METHOD = WRAPPER + "KTEPWrapperMethod."
@@ -26,15 +36,21 @@ class Hook:
 
 
 ALL_HOSTS = (
+    Hook(SERVER_ARGS + "add_cli_args", "AFTER", flags.add_cli_args),
     Hook(SERVER_ARGS + "from_cli_args", "AROUND", checks.from_cli_args),
     Hook(SERVER_ARGS + "check_server_args", "AFTER", checks.check_server_args),
     Hook(WRAPPER + "create_kt_config_from_server_args", "AROUND", layers.create_kt_config),
     Hook(METHOD + "__init__", "AFTER", layers.remember_method),
     Hook(METHOD + "create_moe_runner", "BEFORE", layers.check_moe_runner_config),
     Hook(FUSED_MOE + "_weight_loader_impl", "AROUND", layers.load_device_expert),
+    Hook("sglang.srt.layers.moe.topk.TopK.forward", "AROUND", placement.route),
     Hook("sglang.srt.model_loader.loader._initialize_model", "AFTER", layers.check_model_was_wrapped),
+    Hook("sglang.srt.model_loader.loader._initialize_model", "AFTER", placement.check_location_is_used),
     Hook(MODEL_RUNNER + "load_model", "AFTER", report.after_load_model),
+    Hook(MODEL_RUNNER + "load_model", "AFTER", placement.after_load_model),
+    Hook(MODEL_RUNNER + "load_model", "AFTER", expert_counts.after_load_model),
     Hook(MODEL_RUNNER + "forward", "AFTER", report.after_forward),
+    Hook(MODEL_RUNNER + "forward", "AFTER", expert_counts.after_forward),
 )
 
 # Upstream's methods ask for a CUDA stream; on a host without CUDA ours take their place.
