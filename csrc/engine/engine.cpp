@@ -34,6 +34,7 @@ Engine::Engine(int num_threads, int num_nodes, const std::vector<int>& node_ids)
 }
 
 Engine::~Engine() {
+  devices_.clear();
   stream_.reset();  // runs what is queued while the pool still stands
 }
 
@@ -44,6 +45,22 @@ void Engine::run(std::function<void()> job) {
   });
 }
 
+DeviceSync& Engine::device_sync(int device) {
+  const std::lock_guard<std::mutex> lock(devices_mutex_);
+  std::unique_ptr<DeviceSync>& sync = devices_[device];
+  if (sync == nullptr) {
+    sync = std::make_unique<DeviceSync>(*stream_, device, DeviceSyncOptions::from_environment());
+  }
+  return *sync;
+}
+
+void Engine::for_each_device(FunctionRef<void(DeviceSync&)> visit) {
+  const std::lock_guard<std::mutex> lock(devices_mutex_);
+  for (const auto& [device, sync] : devices_) {
+    if (sync != nullptr) visit(*sync);
+  }
+}
+
 EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)
     : engine(std::move(layer_engine)),
       layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
@@ -51,6 +68,7 @@ EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& 
 EngineLayer::~EngineLayer() {
   const uint64_t ticket = last_deferred_ticket_.load(std::memory_order_acquire);
   if (ticket != 0) engine->stream().wait(ticket);
+  engine->for_each_device([this](DeviceSync& device) { device.retire(this); });
 }
 
 void EngineLayer::run(const MoeInput& input) {
@@ -186,6 +204,7 @@ void close_layer(int64_t handle) {
     }
   }
   for (const PendingForward& pending : dropped) {
+    if (pending.stream_ticket == 0) continue;
     try {
       layer->engine->stream().wait(pending.stream_ticket);
     } catch (const std::exception&) {

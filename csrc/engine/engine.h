@@ -5,15 +5,19 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "base/span.h"
 #include "engine/layer_chain.h"
 #include "moe/deferral.h"
 #include "moe/moe_layer.h"
 #include "runtime/cpu_stream.h"
+#include "runtime/cuda_sync.h"
 #include "system/topology.h"
 #include "system/worker_pool.h"
 
@@ -43,12 +47,20 @@ class Engine {
   // stream is idle, and returns when it is done; its error is thrown here.
   void run(std::function<void()> job);
 
+  // The jobs of this stream for a device, made at the first use; `device` is its ordinal.
+  // Errors  kt::Error: no driver, no such device.
+  DeviceSync& device_sync(int device);
+  // Calls `visit` for each that was made. Not to be nested.
+  void for_each_device(FunctionRef<void(DeviceSync&)> visit);
+
  private:
   Topology topology_;
   std::vector<std::string> warnings_;
   std::shared_ptr<MoeScratch> scratch_;
   std::unique_ptr<WorkerPool> pool_;
   std::unique_ptr<CpuStream> stream_;
+  std::mutex devices_mutex_;
+  std::map<int, std::unique_ptr<DeviceSync>> devices_;
 };
 
 // A layer and the engine that runs it.
@@ -61,8 +73,8 @@ class Engine {
 //
 // Threads  run() and run_deferred() inside jobs of the engine's stream; the rest from any.
 // Lifetime  input's arrays stay whole until run_deferred() has returned; output is final, and may
-// change, from the return of run(). The destructor waits for what submit() queued, so the last
-// owner is never a job of the stream.
+// change, from the return of run(). The destructor waits for what submit() queued and for jobs of
+// devices, so the last owner is never a job of the stream.
 class EngineLayer {
  public:
   EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config);
@@ -116,7 +128,7 @@ void close_layer(int64_t handle);
 // A forward that was submitted to the stream and not yet fetched. `output` is the caller's.
 struct PendingForward {
   std::shared_ptr<EngineLayer> layer;
-  uint64_t stream_ticket = 0;
+  uint64_t stream_ticket = 0;  // 0: a device asks for the forward
   std::any output;
 };
 

@@ -142,6 +142,28 @@ std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, i
   return std::make_unique<LayerHandle>(engine, config);
 }
 
+// Forwards that streams asked for; overlap is None where none was measured (see DeviceTimes).
+void add_device_counters(EngineLayer& layer, py::dict& out) {
+  uint64_t jobs = 0;
+  uint64_t cpu_ns = 0;
+  uint64_t measured_ns = 0;
+  uint64_t hidden_ns = 0;
+  layer.engine->for_each_device([&](DeviceSync& device) {
+    const DeviceTimes& times = device.times(&layer);
+    jobs += times.jobs.load();
+    cpu_ns += times.cpu_ns.load();
+    measured_ns += times.measured_ns.load();
+    hidden_ns += times.hidden_ns.load();
+  });
+  out["device_jobs"] = jobs;
+  out["device_cpu_ns"] = cpu_ns;
+  out["device_measured_ns"] = measured_ns;
+  out["device_hidden_ns"] = hidden_ns;
+  const py::object none = py::none();
+  const double measured = static_cast<double>(measured_ns);
+  out["overlap"] = measured_ns == 0 ? none : py::float_(static_cast<double>(hidden_ns) / measured);
+}
+
 py::dict counters_dict(const LayerHandle& handle) {
   const MoeCounters counters = handle.layer().counters();
   py::dict out;
@@ -153,7 +175,23 @@ py::dict counters_dict(const LayerHandle& handle) {
   out["deferred_rows"] = counters.deferred_rows;
   out["dropped_shares"] = counters.dropped_shares;
   out["expert_counts"] = counters.expert_counts;
+  add_device_counters(*handle.engine_layer(), out);
   return out;
+}
+
+py::dict device_driver_dict() {
+  py::dict out;
+  out["reason"] = device_driver_reason();
+  out["is_double"] = device_driver_reason().empty() && device_driver_is_double();
+  return out;
+}
+
+void check_devices(Engine& engine) {
+  engine.for_each_device([](DeviceSync& device) { device.check(); });
+}
+
+void clear_device_buffers(Engine& engine) {
+  engine.for_each_device([](DeviceSync& device) { device.clear(); });
 }
 
 void link_handles(const std::vector<const LayerHandle*>& handles,
@@ -220,7 +258,13 @@ void bind_engine(py::module_& m) {
       .def("probe_dispatch", &probe_dispatch, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("scratch_bytes",
                              [](Engine& engine) { return engine.scratch()->bytes(); })
+      .def("check_devices", &check_devices, py::call_guard<py::gil_scoped_release>())
+      .def("clear_device_buffers", &clear_device_buffers, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("warnings", &Engine::warnings);
+  m.def("device_driver", &device_driver_dict);
+  m.def("probe_doorbells", &probe_doorbells, py::arg("device"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("expect_batch", &expect_batch, py::arg("num_tokens"));
 }
 
 void bind_layer(py::module_& m) {

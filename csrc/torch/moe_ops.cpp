@@ -4,6 +4,7 @@
 #include <any>
 
 #include "engine/engine.h"
+#include "torch/forward_checks.h"
 #include "torch/tensor_checks.h"
 
 namespace kt {
@@ -43,24 +44,7 @@ ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& 
   check_cpu(topk_ids, "topk_ids");
   check_cpu(topk_weights, "topk_weights");
   ForwardTensors tensors;
-  tensors.dtype = float_dtype(hidden_states, "hidden_states");
-  KT_CHECK(hidden_states.dim() == 2 && hidden_states.size(1) == config.hidden_size,
-           "hidden_states has shape " << hidden_states.sizes() << "; it must be [num_tokens, "
-                                      << config.hidden_size << "].");
-  KT_CHECK(topk_ids.dim() == 2 && topk_ids.size(0) == hidden_states.size(0),
-           "topk_ids has shape " << topk_ids.sizes() << "; it must be [" << hidden_states.size(0)
-                                 << ", top_k].");
-  KT_CHECK(topk_ids.size(1) <= config.top_k,
-           "topk_ids names " << topk_ids.size(1) << " experts a token; layer " << config.layer_idx
-                             << " was made for " << config.top_k << ".");
-  KT_CHECK(
-      at::isIntegralType(topk_ids.scalar_type(), /*includeBool=*/false),
-      "topk_ids is " << c10::toString(topk_ids.scalar_type()) << "; it must be an integer type.");
-  check_shape(topk_weights, topk_ids.sizes(), "topk_weights");
-  float_dtype(topk_weights, "topk_weights");
-  KT_CHECK(
-      hidden_states.size(0) <= INT32_MAX / std::max(config.top_k, 1),
-      "hidden_states has " << hidden_states.size(0) << " tokens, more than one call can take.");
+  tensors.dtype = check_forward_arguments(hidden_states, topk_ids, topk_weights, skip, config);
 
   const auto taken = [own](const at::Tensor& tensor, at::ScalarType dtype) {
     return tensor.to(dtype, /*non_blocking=*/false, /*copy=*/own).contiguous();
@@ -68,13 +52,7 @@ ForwardTensors check_forward(const at::Tensor& hidden_states, const at::Tensor& 
   tensors.hidden_states = taken(hidden_states, hidden_states.scalar_type());
   tensors.topk_ids = taken(topk_ids, topk_ids.scalar_type() == at::kInt ? at::kInt : at::kLong);
   tensors.topk_weights = taken(topk_weights, at::kFloat);
-  if (skip.has_value()) {
-    check_cpu(*skip, "skip");
-    check_shape(*skip, {config.num_experts}, "skip");
-    KT_CHECK(skip->scalar_type() == at::kBool,
-             "skip is " << c10::toString(skip->scalar_type()) << "; it must be bool.");
-    tensors.skip = taken(*skip, at::kBool);
-  }
+  if (skip.has_value()) tensors.skip = taken(*skip, at::kBool);
   tensors.output = at::empty(hidden_states.sizes(),
                              hidden_states.options().memory_format(at::MemoryFormat::Contiguous));
   return tensors;
