@@ -19,8 +19,8 @@ def select_deferred_experts(topk_ids: Tensor, topk_weights: Tensor, protected_k:
     Parameters
     ----------
     topk_ids : Tensor
-        ``[num_tokens, top_k]``, any integer type and device; -1 = no expert, in both results too. Experts on the GPU
-        take places among the protected ones like any other.
+        ``[num_tokens, top_k]``, any integer type and device; -1 = no expert, in both results too: it takes no place.
+        Experts on the GPU take places among the protected ones like any other.
     topk_weights : Tensor
         Like topk_ids, a float type. Of equal weights the one in the lower slot is taken first.
     protected_k : int
@@ -44,7 +44,9 @@ def select_deferred_experts(topk_ids: Tensor, topk_weights: Tensor, protected_k:
     if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
         raise ValueError(f"topk_ids is {topk_ids.dtype}; it must be an integer type.")
     places = min(max(protected_k, 0), topk_ids.shape[1])
-    order = torch.argsort(topk_weights, dim=1, descending=True, stable=True)[:, :places]
-    is_protected = torch.isin(topk_ids, topk_ids.gather(1, order))
+    order = torch.argsort(topk_weights, dim=1, descending=True, stable=True)
+    ranked = topk_ids.gather(1, order)
+    absent_last = torch.argsort((ranked < 0).to(torch.int8), dim=1, stable=True)
+    is_protected = torch.isin(topk_ids, ranked.gather(1, absent_last[:, :places]))
     absent = torch.full_like(topk_ids, -1)
     return torch.where(is_protected, topk_ids, absent), torch.where(is_protected, absent, topk_ids)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kt_kernel import layer_chain
 from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts, is_count
 from kt_kernel.deferral import select_deferred_experts
 from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
@@ -24,13 +25,6 @@ logger = logging.getLogger("kt_kernel")
 
 _HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_warned: set[str] = set()
-
-
-def _warn_once(key: str, message: str) -> None:
-    if key not in _warned:
-        _warned.add(key)
-        logger.warning("%s", message)
 
 
 class KTMoEWrapper:
@@ -63,7 +57,10 @@ class KTMoEWrapper:
     chunked_prefill_size : int, optional
         Not needed: scratch grows to the largest batch seen.
     max_deferred_experts_per_token : int, optional
-        Accepted; deferral is not used yet. Above num_experts_per_tok means all.
+        Experts of a token that may be computed during the next MoE layer and are added to its output: all but the
+        ``num_experts_per_tok - max_deferred_experts_per_token`` of the largest weights, unless another token of the
+        batch needs the expert now. Above num_experts_per_tok means all; None or 0: none. The last layer of a model
+        never defers; :mod:`kt_kernel.layer_chain` says which layers are one model.
     method : str, optional
         AMXINT8, AMXINT4 or BF16; None: AMXINT4.
     numa_nodes : sequence of int, optional
@@ -161,6 +158,7 @@ class KTMoEWrapper:
 
             announce_layer()
             self._announced = True
+        self._chain = layer_chain.join(self)
 
     # --- construction ---
 
@@ -184,11 +182,6 @@ class KTMoEWrapper:
         count = 0 if value is None else value
         if not is_count(count) or count < 0:
             raise ValueError(f"max_deferred_experts_per_token is {count!r}; it must be an integer of at least 0.")
-        if count:
-            _warn_once(
-                "deferred",
-                f"max_deferred_experts_per_token = {count} is not used yet: every expert is computed in its own layer.",
-            )
         return count
 
     # --- weights ---
@@ -342,6 +335,7 @@ class KTMoEWrapper:
         if self.moe is not None:
             self.moe.close()
             self.moe = None
+            self._chain.change()
         here = torch.ones_like(self.gpu_experts_mask) if host_all_experts() else ~self.gpu_experts_mask
         return CpuExperts(
             self.config,
@@ -353,6 +347,7 @@ class KTMoEWrapper:
 
     def _adopt(self, experts: CpuExperts, order: list[int] | None = None) -> None:
         self.moe = experts
+        self._chain.change()
         self._order = order
         self._hosted = torch.zeros(self.num_experts, dtype=torch.bool)
         self._hosted[experts.expert_ids] = True
@@ -445,6 +440,8 @@ class KTMoEWrapper:
         if version != self._checked_mask_version:
             self.load_missing_experts()
             self._checked_mask_version = version
+        if not self._chain.linked:
+            self._chain.link()
         return self.moe
 
     def _check_device(self, name: str, tensor: torch.Tensor, cuda_stream: int | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> Iterator[None]:
-    """No opened weight path and no warning of one test reaches the next."""
+    """No opened weight path and no unfinished model of one test reaches the next."""
     yield
     import sys
 
@@ -20,6 +20,6 @@ def _fresh_caches() -> Iterator[None]:
         loader._report.abandon()
     wrapper = sys.modules.get("kt_kernel.wrapper")
     if wrapper is not None:
-        wrapper._warned.clear()
         wrapper.KTMoEWrapper.set_capture_batch_sizes([])
+        wrapper.layer_chain._latest.clear()
     logging.getLogger("kt_kernel").setLevel(logging.NOTSET)
