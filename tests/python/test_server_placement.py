@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import random
+import shutil
 import textwrap
 import time
 from collections.abc import Iterator
@@ -115,8 +116,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
             wait_until_idle(counts)
             counts.rename(folder / "earlier.pt")
             send(running, workload(name)[::2], counts)
-            counts.rename(folder / f"{name}.pt")
-            counts.write_bytes((folder / f"{name}.pt").read_bytes())
+            shutil.copy(counts, folder / f"{name}.pt")
     yield Prepared(folder, model, plain, recorded)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -171,6 +172,20 @@ def test_a_hook_that_is_gone_is_found(sglang_with_map: Any) -> None:
         placement.install(model, sglang_with_map.current)
 
 
+def test_ids_in_two_places_are_refused(sglang_with_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that packs the ids once more for a kernel of its own: only one of the two would be turned."""
+    packed = namedtuple("packed", ["topk_weights", "topk_ids", "packed_ids"])
+    plain = Router.plain_forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        return packed(output.topk_weights, output.topk_ids, output.topk_ids)
+
+    monkeypatch.setattr(Router, "plain_forward", forward)
+    with pytest.raises(placement.LocationError, match="also gives packed_ids"):
+        placement.install(model_of(), sglang_with_map.current)
+
+
 def test_a_router_that_remaps_when_asked_is_left_alone(sglang_with_map: Any) -> None:
     """Paths that pass the map themselves (expert parallelism) are SGLang's."""
     model = model_of()
@@ -306,6 +321,7 @@ def test_no_flag_changes_nothing() -> None:
         (["--kt-numa-nodes", "0", "--kt-threadpool-count", "3"], "names 1 nodes but --kt-threadpool-count is 3"),
         (["--kt-gpu-experts-ratio", "1.5"], "--kt-gpu-experts-ratio is 1.5; give a share from 0 to 1"),
         (["--kt-gpu-experts-ratio", "nan"], "--kt-gpu-experts-ratio is nan; give a share from 0 to 1"),
+        (["--kt-record-expert-counts", "/no/where/counts.pt"], "is no file in a folder that exists; make /no/where"),
         (["--kt-expert-placement-strategy", "hot"], "is 'hot'; give one of frequency, front-loading, uniform, random"),
         (["--kt-expert-placement-strategy", "random"], "random needs another number of experts on the GPU in each"),
         (["--kt-expert-placement-strategy", "front-loading"], "give uniform, or frequency with --init-expert-location"),

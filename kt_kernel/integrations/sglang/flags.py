@@ -59,7 +59,7 @@ FLAGS = (
     Flag(
         "--kt-max-deferred-experts-per-token",
         "0",
-        "accepted, not used by this version; a warning says so",
+        "experts of a token whose share may come one MoE layer later, see [Deferral](#deferral); costs accuracy",
     ),
     Flag(
         "--kt-numa-nodes",
@@ -155,7 +155,10 @@ def hand_on(args: Any, open_source: Callable[[str, str], Any]) -> None:
         args.kt_num_gpu_experts = chosen
     record = getattr(args, "kt_record_expert_counts", None)
     if record is not None:
-        os.environ["KT_EXPERT_COUNTS"] = str(Path(record).expanduser().absolute())
+        path = Path(record).expanduser().absolute()
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"--kt-record-expert-counts {record} is no file in a folder that exists; make {path.parent}.")
+        os.environ["KT_EXPERT_COUNTS"] = str(path)
 
 
 def numa_nodes_value(nodes: list[int], threadpool_count: int | None) -> str:

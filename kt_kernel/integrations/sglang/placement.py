@@ -24,6 +24,8 @@ from kt_kernel.integrations.sglang import layers
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8
+# What a router gives; something else could hold the ids once more, unchanged.
+OUTPUT_FIELDS = {"topk_weights", "topk_ids", "router_logits"}
 REMAP_ATTRIBUTE = "kt_location_layer"  # on a TopK whose ids we turn into slots: the row of the map
 
 
@@ -173,11 +175,13 @@ def _shifts(router: nn.Module, layer_id: int, metadata: Any) -> bool:
         They neither follow it nor stay what they are, so something else happens (e.g. they are shifted twice).
     """
     num_experts = metadata.num_logical_experts
-    plain = _chosen(router, layer_id, metadata, shift=0)
-    shifted = _chosen(router, layer_id, metadata, shift=1)
+    plain, _ = _chosen(router, layer_id, metadata, shift=0)
+    shifted, fields = _chosen(router, layer_id, metadata, shift=1)
     if torch.equal(shifted, ((plain + 1) % num_experts).sort(1).values):
         return True
     if torch.equal(shifted, plain):
+        if more := fields - OUTPUT_FIELDS:
+            raise LocationError(f"the router of layer {layer_id} also gives {', '.join(sorted(more))}")
         return False
     raise LocationError(
         f"the router of layer {layer_id} gives {shifted[0].tolist()} for experts {plain[0].tolist()} under a map that "
@@ -186,8 +190,10 @@ def _shifts(router: nn.Module, layer_id: int, metadata: Any) -> bool:
 
 
 @torch.no_grad()
-def _chosen(router: nn.Module, layer_id: int, metadata: Any, *, shift: int) -> Tensor:
-    """Ids that a router gives for random logits while expert e is in slot ``(e + shift) % E``, ascending."""
+def _chosen(router: nn.Module, layer_id: int, metadata: Any, *, shift: int) -> tuple[Tensor, set[str]]:
+    """Ids that a router gives for random logits while expert e is in slot ``(e + shift) % E``, ascending in each row,
+    and the names of all that it gives.
+    """
     device = metadata.physical_to_logical_map.device
     num_experts = metadata.num_logical_experts
     generator = torch.Generator().manual_seed(layer_id)
@@ -202,7 +208,7 @@ def _chosen(router: nn.Module, layer_id: int, metadata: Any, *, shift: int) -> T
     ids = getattr(output, "topk_ids", None)
     if not isinstance(ids, Tensor):
         raise LocationError(f"the router of layer {layer_id} gives {type(output).__name__}, which has no ids")
-    return ids.detach().to("cpu", torch.int64).sort(1).values
+    return ids.detach().to("cpu", torch.int64).sort(1).values, set(getattr(output, "_fields", ()))
 
 
 def shifted_metadata(metadata: Any, shift: int) -> Any:
