@@ -157,7 +157,9 @@ def hand_on(args: Any, open_source: Callable[[str, str], Any]) -> None:
     if record is not None:
         path = Path(record).expanduser().absolute()
         if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(f"--kt-record-expert-counts {record} is no file in a folder that exists; make {path.parent}.")
+            raise ValueError(
+                f"--kt-record-expert-counts {record} is no file in a folder that exists; make {path.parent}."
+            )
         os.environ["KT_EXPERT_COUNTS"] = str(path)
 
 
