@@ -1,4 +1,8 @@
-"""Refusals and adjustments of the ``--kt-*`` flags, before any weight is read: one sentence each, exit code 1."""
+"""Refusals and adjustments of the ``--kt-*`` flags, before any weight is read: one sentence each, exit code 1.
+
+A launch by command line passes ``from_cli_args``, one by ``sglang.Engine`` does not; both pass ``before_resolution``,
+which fills in what is open, and ``check_server_args``, when SGLang has resolved its own flags.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ import torch
 from kt_kernel.checkpoint import model_sizes, read_config
 from kt_kernel.config import MoEConfig, default_num_threads, usable_cpus
 from kt_kernel.experts import packed_bytes, scratch_bytes
-from kt_kernel.integrations.sglang import flags, memory
+from kt_kernel.integrations.sglang import cuda_flags, flags, memory
+from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
 from kt_kernel.loader import PackedSource, open_source
 from kt_kernel.methods import METHODS, get_method
 
@@ -23,6 +28,15 @@ logger = logging.getLogger(__name__)
 
 SGLANG_WATCHDOG_SECONDS = 300  # SGLang's default: a forward that takes longer is taken for a hang
 WATCHDOG_SECONDS = 3000  # the first forwards of a large model on a slow host take minutes
+# flags of SGLang that move tokens or experts to where the experts on the CPU cannot follow, and their plain values
+REFUSED_FLAGS = (
+    ("moe_a2a_backend", ("none", None)),
+    ("enable_two_batch_overlap", (False, None)),
+    ("enable_pdmux", (False, None)),
+    ("enable_eplb", (False, None)),
+    ("ep_num_redundant_experts", (0, None)),
+    ("enable_paged_experts", (False, None)),
+)
 FLAG_DEFAULTS = {
     "kt_method": "AMXINT4",
     "kt_cpuinfer": None,
@@ -70,7 +84,7 @@ def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
         verify_hooks()
         flags.hand_on(args, expert_source)
         source = check_flags(args)
-        adjust(args, source)
+        adjust(args)
         server_args = original(cls, args)
         check_resolved(server_args, source)
     except (ValueError, RuntimeError) as error:
@@ -79,17 +93,38 @@ def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
     return server_args
 
 
+def before_resolution(server_args: Any) -> None:
+    """Fill in what is open in a ``ServerArgs`` that SGLang is about to resolve, also one of ``sglang.Engine``."""
+    sealed = any(getattr(server_args, name, False) for name in ("_input_frozen", "_resolution_finished"))
+    if server_args.kt_weight_path is not None and not sealed:
+        adjust(server_args)
+
+
 def check_server_args(_result: None, server_args: Any) -> None:
-    """Check a ``ServerArgs`` that no command line made (``sglang.Engine``).
+    """Check a ``ServerArgs`` that SGLang has resolved, and all of one that no command line made (``sglang.Engine``).
 
     Raises
     ------
     ValueError
         A launch that cannot work.
+    SystemExit
+        The same for a command line.
     """
-    if _checked or not kt_flags_given(server_args, argv=()):
+    if not kt_flags_given(server_args, argv=()):
         return
-    check_resolved(server_args, check_flags(server_args))
+    try:
+        if not _checked:
+            check_resolved(server_args, check_flags(server_args))
+        from sglang.srt.arg_groups.overrides import resolved_view
+
+        view = resolved_view(server_args)
+        check_split(view)
+        if torch.cuda.is_available():
+            cuda_flags.warn_of_prefill_graphs(view.cuda_graph_config)
+    except ValueError as error:
+        if _checked:
+            raise SystemExit(f"kt_kernel: {error}") from None
+        raise
 
 
 def kt_flags_given(args: Any, argv: Any = None) -> bool:
@@ -145,12 +180,6 @@ def check_flags(args: Any) -> ExpertSource:
         Names the flag, its value and what is possible.
     """
     check_weight_path_given(args)
-    if torch.cuda.is_available():
-        raise ValueError(
-            "--kt-* flags on a host with a GPU need the CUDA hand-off, which this version does not have yet; hide the "
-            "GPU (CUDA_VISIBLE_DEVICES= python -m kt_kernel.launch_server ...) to serve on the CPU, or remove the "
-            "flags."
-        )
     source = expert_source(args.kt_weight_path, args.kt_method)
     num_gpu_experts = args.kt_num_gpu_experts or 0
     if not 0 <= num_gpu_experts <= source.num_experts:
@@ -224,24 +253,16 @@ def _check_same_model(model_path: str, source: ExpertSource) -> None:
             )
 
 
-def adjust(args: Any, source: ExpertSource) -> None:
+def adjust(args: Any) -> None:
     """Change flags of SGLang that do not fit experts on the CPU, each with a line in the log.
 
     Parameters
     ----------
-    args : Namespace
-        Changed in place, before SGLang makes its read-only ``ServerArgs`` of it.
-    source : ExpertSource
+    args : Namespace or ServerArgs
+        Changed in place, before SGLang resolves it; what was changed once is left alone.
     """
     if args.kt_num_gpu_experts is None:
         args.kt_num_gpu_experts = 0
-    if args.kt_max_deferred_experts_per_token:
-        logger.warning(
-            "kt_kernel: --kt-max-deferred-experts-per-token %d is not used by this version; every layer computes all "
-            "its experts itself",
-            args.kt_max_deferred_experts_per_token,
-        )
-        args.kt_max_deferred_experts_per_token = 0
     if args.watchdog_timeout == SGLANG_WATCHDOG_SECONDS:
         args.watchdog_timeout = WATCHDOG_SECONDS
         logger.info("kt_kernel: --watchdog-timeout raised from %d to %d s", SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS)
@@ -250,11 +271,13 @@ def adjust(args: Any, source: ExpertSource) -> None:
         args.sleep_on_idle = True
     if not args.disable_shared_experts_fusion:
         args.disable_shared_experts_fusion = True
-        if _has_shared_experts(source.folder):
+        if _has_shared_experts(Path(args.kt_weight_path).expanduser()):
             logger.warning(
                 "kt_kernel: --disable-shared-experts-fusion is set: the shared expert is not one of the experts on "
                 "the CPU"
             )
+    if torch.cuda.is_available():
+        cuda_flags.adjust(args)
 
 
 def _has_shared_experts(folder: Path) -> bool:
@@ -268,21 +291,63 @@ def check_resolved(server_args: Any, source: ExpertSource) -> None:
     Raises
     ------
     ValueError
-        An expert-parallel launch, or one that does not fit in memory.
+        A launch that is split in a way the experts cannot follow, or that does not fit in memory.
+    """
+    check_split(server_args)
+    check_memory(memory_needs(server_args, source))
+
+
+def check_split(server_args: Any) -> None:
+    """Check how the launch divides tokens, experts and layers between ranks and processes.
+
+    Parameters
+    ----------
+    server_args : ServerArgs or a view of it
+
+    Raises
+    ------
+    ValueError
+        An expert-parallel launch, several processes with experts on one host, a runner without expert ids.
     """
     if server_args.ep_size > 1:
         raise ValueError(
             f"--ep-size is {server_args.ep_size} but experts on the CPU are computed by one rank for all; use "
             "--ep-size 1 with --kt-weight-path."
         )
-    for name, plain in (("moe_a2a_backend", "none"), ("enable_two_batch_overlap", False), ("enable_pdmux", False)):
-        value = getattr(server_args, name, plain)
-        if value != plain:
+    for name, plain in REFUSED_FLAGS:
+        value = getattr(server_args, name, None)
+        if value not in plain:
+            given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ValueError(f"{given} does not work with experts on the CPU; remove it or the --kt-* flags.")
+    check_one_process(server_args)
+    if server_args.moe_runner_backend not in RUNNER_BACKENDS:
+        raise ValueError(
+            f"--moe-runner-backend {server_args.moe_runner_backend} keeps to itself which experts a token goes to, or "
+            f"does not skip those on the CPU; give one of {', '.join(RUNNER_BACKENDS)}."
+        )
+
+
+def check_one_process(server_args: Any) -> None:
+    """Refuse a launch with several schedulers on this host that each hold experts: they would share the same cores.
+
+    ``replicas * stages > 1``: data-parallel replicas (with DP attention there is one), pipeline stages of this node.
+
+    Raises
+    ------
+    ValueError
+        Names the flag that makes them.
+    """
+    stages = max(server_args.pp_size // max(server_args.nnodes, 1), 1)
+    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+    for flag, count, other in (
+        ("--dp-size", replicas, "--enable-dp-attention, or one server"),
+        ("--pp-size", stages, "--tp-size, or a node per stage"),
+    ):
+        if count > 1:
             raise ValueError(
-                f"--{name.replace('_', '-')} {value} does not work with experts on the CPU; remove it or the --kt-* "
-                "flags."
+                f"{flag} makes {count} processes on this host that each compute experts on the same cores; use {other} "
+                "instead."
             )
-    check_memory(memory_needs(server_args, source))
 
 
 def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
@@ -290,8 +355,9 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     from sglang.srt.configs.model_config import ModelConfig
 
     num_gpu_experts = server_args.kt_num_gpu_experts or 0
+    on_gpu = torch.cuda.is_available()  # what is not an expert of the CPU is there, and the GPU's experts
     experts = source.bytes_of(source.num_experts - num_gpu_experts)
-    if num_gpu_experts:
+    if num_gpu_experts and not on_gpu:
         experts += source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
     # not ServerArgs.get_model_config: 0.5.23 has none
     model_config = ModelConfig.from_server_args(server_args)
@@ -300,8 +366,8 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     pool_tokens = server_args.max_total_tokens or min(model_config.context_len, num_tokens)
     return memory.Needs(
         experts=experts,
-        other_weights=memory.bytes_without_experts(Path(server_args.model_path)),
-        kv_pool=pool_tokens * memory.kv_bytes_per_token(model_config),
+        other_weights=0 if on_gpu else memory.bytes_without_experts(Path(server_args.model_path)),
+        kv_pool=0 if on_gpu else pool_tokens * memory.kv_bytes_per_token(model_config),
         scratch=forward_bytes(server_args, source, num_tokens=num_tokens, top_k=top_k),
     )
 
@@ -309,13 +375,15 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
 def batch_tokens(server_args: Any) -> int:
     """Return the tokens of the largest forward; at least 1024, which decoding many requests may reach."""
     chunk = server_args.chunked_prefill_size or 0
-    return max(chunk if chunk > 0 else server_args.max_prefill_tokens, 1024)
+    tokens = max(chunk if chunk > 0 else server_args.max_prefill_tokens, 1024)
+    # with DP attention the layer sees the rows of all ranks, and SGLang has divided the chunk by their number
+    return tokens * (server_args.dp_size if server_args.enable_dp_attention else 1)
 
 
 def forward_bytes(server_args: Any, source: ExpertSource, *, num_tokens: int, top_k: int) -> int:
     """Return the bytes of a forward of `num_tokens`: the engine's buffers, its copy of the input, and the output."""
     layouts = [source.layout]
-    if server_args.kt_num_gpu_experts:
+    if server_args.kt_num_gpu_experts and not torch.cuda.is_available():
         layouts.append(METHODS["BF16"].layout)
     buffers = scratch_bytes(
         layouts,

@@ -1,4 +1,4 @@
-"""Flags of SGLang that do not fit experts on the CPU of a host with a GPU: changed with a line in the log, or refused."""
+"""Flags of SGLang that do not fit experts on the CPU of a host with a GPU: changed, with a line in the log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kt_kernel.checkpoint import read_config
-from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -65,28 +64,6 @@ def chooses_prefill_graphs(args: Any) -> bool | None:
     return bool(chosen or off)
 
 
-def check(resolved: Any) -> None:
-    """Check what SGLang made of the flags.
-
-    Parameters
-    ----------
-    resolved : ServerArgs or a view of it
-        After SGLang's resolution.
-
-    Raises
-    ------
-    ValueError
-        A runner backend that keeps the routing from the CPU.
-    """
-    backend = getattr(resolved, "moe_runner_backend", "auto")
-    if backend not in RUNNER_BACKENDS:
-        raise ValueError(
-            f"--moe-runner-backend {backend} does not tell which experts a token goes to, or does not skip those on the "
-            f"CPU; give one of {', '.join(RUNNER_BACKENDS)}."
-        )
-    warn_of_prefill_graphs(getattr(resolved, "cuda_graph_config", None))
-
-
 def warn_of_prefill_graphs(config: Any) -> None:
     """Say what capturing prefill costs at start-up, if it is on.
 
@@ -100,9 +77,9 @@ def warn_of_prefill_graphs(config: Any) -> None:
         return
     tokens = EAGER_RUNS_PER_GRAPH * sum(prefill.bs)
     logger.warning(
-        "kt_kernel: --cuda-graph-backend-prefill %s captures %d buckets of up to %d tokens, so %d tokens go through the "
-        "experts on the CPU before the server is up: %d s at 500 tokens/s; --cuda-graph-backend-prefill disabled does "
-        "without",
+        "kt_kernel: --cuda-graph-backend-prefill %s captures %d buckets of up to %d tokens, so %d tokens go through "
+        "the experts on the CPU before the server is up: %d s at 500 tokens/s; --cuda-graph-backend-prefill disabled "
+        "does without",
         prefill.backend,
         len(prefill.bs),
         max(prefill.bs),

@@ -81,8 +81,8 @@ def enable_num_token_non_padded(original: Callable) -> bool:
 
 def capture(original: Callable, runner: Any, *args: Any, **kwargs: Any) -> Any:
     """Capture SGLang's graphs with the buffer of real rows bound, so that the layers can mark the others."""
-    registry = runner.buffer_registry
-    if topk_reads_row_count() or not registry.has_slot("num_token_non_padded"):
+    registry = getattr(runner, "buffer_registry", None)
+    if registry is None or topk_reads_row_count() or not registry.has_slot("num_token_non_padded"):
         return original(runner, *args, **kwargs)
     with bound_row_count(registry.get_slot("num_token_non_padded").buffer):
         return original(runner, *args, **kwargs)
@@ -140,7 +140,7 @@ def raise_pending_errors(_result: Any, _model_runner: Any, *_args: Any, **_kwarg
     RuntimeError
         Names layer and expert.
     """
-    from kt_kernel import KTMoEWrapper
+    from kt_kernel.wrapper import KTMoEWrapper
 
     check = getattr(KTMoEWrapper, "raise_pending_errors", None)
     if check is not None:

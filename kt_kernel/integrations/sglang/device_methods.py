@@ -121,13 +121,13 @@ def before_create_weights(method: Any, layer: nn.Module, num_experts: int, *_arg
     loader = attributes.get("weight_loader")
     if getattr(loader, "__name__", "") == "weight_loader_fused":
         raise ValueError(
-            f"kt_kernel: this model loads all experts of layer {method.kt_config.layer_idx} as one tensor, which SGLang "
-            "cannot split between GPU and CPU; serve it without --kt-* flags."
+            f"kt_kernel: this model loads all experts of layer {method.kt_config.layer_idx} as one tensor, which "
+            "SGLang cannot split between GPU and CPU; serve it without --kt-* flags."
         )
     if attributes.get("with_bias"):
         raise ValueError(
-            f"kt_kernel: the experts of layer {method.kt_config.layer_idx} have a bias, which the CPU's experts do not; "
-            "serve the model without --kt-* flags."
+            f"kt_kernel: the experts of layer {method.kt_config.layer_idx} have a bias, which the CPU's experts do "
+            "not; serve the model without --kt-* flags."
         )
 
 
@@ -192,8 +192,8 @@ def refuse_lora(layer: nn.Module) -> None:
         Always: the adapters would be applied to the experts on the GPU only.
     """
     raise ValueError(
-        f"kt_kernel: a LoRA adapter changes the experts of layer {getattr(layer, 'layer_id', '?')}, which are computed on "
-        "the CPU without it; use an adapter without expert weights, or no --kt-* flags."
+        f"kt_kernel: a LoRA adapter changes the experts of layer {getattr(layer, 'layer_id', '?')}, which are computed "
+        "on the CPU without it; use an adapter without expert weights, or no --kt-* flags."
     )
 
 

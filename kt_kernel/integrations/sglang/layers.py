@@ -1,7 +1,7 @@
 """The MoE layers of SGLang whose experts we compute: their configuration, loading and forward.
 
-``KTEPWrapperMethod`` is SGLang's class around a device's MoE method. On a CUDA host it stays as it is; on a host
-without CUDA the functions `process_weights_after_loading` and `apply` of this module take the place of its methods.
+``KTEPWrapperMethod`` is SGLang's class around a device's MoE method. On a CUDA host ``cuda_host.py`` stands around it;
+on a host without CUDA the functions `process_weights_after_loading` and `apply` here take the place of its methods.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kt_kernel.integrations.sglang import device_methods, scaling
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +40,26 @@ def create_kt_config(original: Callable, server_args: Any, layer_idx: int) -> An
     from kt_kernel.integrations.sglang.plugin import verify_hooks
 
     verify_hooks()
-    return replace(config, num_gpu_experts=config.num_gpu_experts or 0, max_deferred_experts_per_token=0)
+    return replace(config, num_gpu_experts=config.num_gpu_experts or 0)
 
 
 def remember_method(_result: None, method: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Note a newly constructed ``KTEPWrapperMethod``."""
+    """Note a newly constructed ``KTEPWrapperMethod``.
+
+    Raises
+    ------
+    RuntimeError
+        Its layer was wrapped before: a second model in this process, whose layers are not those of the weights.
+    """
+    config = method.kt_config
+    here = (config.layer_idx, config.weight_path)
+    if any((other.kt_config.layer_idx, other.kt_config.weight_path) == here for other in _methods):
+        raise RuntimeError(
+            f"kt_kernel: layer {config.layer_idx} of {config.weight_path} was wrapped twice; a draft model would get "
+            "the experts of the model it drafts for, so serve without it or without --kt-* flags."
+        )
+    # what SGLang asks a method for when it puts adapters on a layer's experts, and KTEPWrapperMethod passes on
+    method.get_triton_quant_info = method.get_marlin_quant_info = device_methods.refuse_lora
     _methods.append(method)
 
 
@@ -132,8 +149,7 @@ def apply(self: Any, layer: nn.Module, dispatch_output: Any) -> Any:
     hidden_states = dispatch_output.hidden_states
     if self.tp_rank != 0 or self.wrapper is None:
         return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
-    topk_output = dispatch_output.topk_output
-    topk_ids, topk_weights = topk_output.topk_ids, topk_output.topk_weights
+    topk_ids, topk_weights = device_methods.topk_tensors(scaling.with_scaled_weights(self, dispatch_output))
     output = self.wrapper.forward(hidden_states, topk_ids, topk_weights, 0)
     if self.kt_device_experts is not None:
         output += self.kt_device_experts.forward(hidden_states, topk_ids, topk_weights, skip=self.kt_device_skip)

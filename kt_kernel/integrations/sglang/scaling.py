@@ -138,8 +138,8 @@ def checked_rule(block_class: type, factor: float) -> Rule:
     rule = RULES.get(name)
     if rule is None:
         raise ValueError(
-            f"kt_kernel: the experts of {name} are scaled by {factor:g}, and where this class applies the factor is not "
-            "known to this version, so its answers could be wrong; serve it without --kt-* flags."
+            f"kt_kernel: the experts of {name} are scaled by {factor:g}, and where this class applies the factor is "
+            "not known to this version, so its answers could be wrong; serve it without --kt-* flags."
         )
     if source_digest(rule.sources) not in rule.digests.values():
         raise ValueError(
