@@ -7,7 +7,7 @@ importing this package is cheap, prints nothing, and fails with ``ImportError`` 
 from importlib import metadata as _metadata
 
 __version__ = "0.1.0"
-__all__ = ["KTMoEWrapper", "generate_gpu_experts_masks", "__version__"]
+__all__ = ["HybridMoE", "KTMoEWrapper", "generate_gpu_experts_masks", "__version__"]
 
 
 def _refuse_incumbent() -> None:
@@ -54,3 +54,12 @@ _load_extension()
 from kt_kernel import ops as _ops  # noqa: E402,F401  (fake implementations)
 from kt_kernel.placement import generate_gpu_experts_masks  # noqa: E402
 from kt_kernel.wrapper import KTMoEWrapper  # noqa: E402
+
+
+def __getattr__(name: str) -> object:
+    # a program of its own wants it, SGLang does not: imported when it is asked for
+    if name == "HybridMoE":
+        from kt_kernel.hybrid_moe import HybridMoE
+
+        return HybridMoE
+    raise AttributeError(f"module 'kt_kernel' has no attribute {name!r}")

@@ -1,15 +1,50 @@
-"""Reading models with Hugging Face transformers."""
+"""Hugging Face transformers: experts of its MoE models computed by kt_kernel, and reading models.
+
+Importing this module registers ``kt_kernel`` as an implementation of experts::
+
+    import kt_kernel.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="kt_kernel")
+
+Each layer's experts are packed when the layer first runs (or all at once by :func:`pack_experts`), and the model's own
+weights are freed: at most one layer is in memory twice. A model that was packed can be neither saved nor trained, nor
+switched to another implementation; ``register(free_weights=False)`` keeps the weights for that.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, nn
 
+from kt_kernel.config import EngineConfig, default_method
+from kt_kernel.hybrid_moe import HybridMoE
 from kt_kernel.integrations.torchvision_repair import repair_torchvision
+from kt_kernel.methods import get_method
 
 repair_torchvision()  # transformers imports torchvision for any model
+
+logger = logging.getLogger("kt_kernel.transformers")
+
+NAME = "kt_kernel"
+_ATTRIBUTE = "_kt_kernel_experts"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    method: str | None = None
+    num_gpu_experts: int = 0
+    free_weights: bool = True
+    engine: EngineConfig | None = None
+
+
+_settings = _Settings()
+_layers = itertools.count()
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -20,3 +55,184 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+def register(
+    method: str | None = None,
+    *,
+    num_gpu_experts: int = 0,
+    free_weights: bool = True,
+    engine: EngineConfig | None = None,
+) -> None:
+    """Make ``experts_implementation="kt_kernel"`` known; importing this module has called it with the defaults.
+
+    Layers that are packed from now on use these settings.
+
+    Parameters
+    ----------
+    method : str, optional
+        BF16, AMXINT8 or AMXINT4; None: ``KT_METHOD``, else BF16.
+    num_gpu_experts : int
+        Experts 0 .. num_gpu_experts - 1 of each layer stay in torch, on the device of the layer's input.
+    free_weights : bool
+        Whether the model's own weights of a layer are freed when it has been packed.
+    engine : EngineConfig, optional
+        Threads and NUMA nodes; None: from the environment, else all usable cores.
+
+    Raises
+    ------
+    ImportError
+        A transformers that has no such implementations (before version 5).
+    ValueError
+        An unknown method.
+    """
+    global _settings
+    if method is not None:
+        get_method(method)
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(f"experts_implementation needs transformers 5, but here: {error}") from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    _settings = _Settings(method, num_gpu_experts, free_weights, engine)
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute what the experts of a layer of transformers compute, by kt_kernel; what :func:`register` registers.
+
+    ``output[t] = sum_s top_k_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = top_k_index[t, s]``, over
+    slots with e below the number of experts (transformers marks absent ones with that number)
+
+    Parameters
+    ----------
+    module : Module
+        The layer's experts, with ``gate_up_proj`` ``[E, 2 * I, H]`` and ``down_proj`` ``[E, H, I]``.
+    hidden_states : Tensor
+        ``[num_tokens, H]``, bf16, fp16 or fp32.
+    top_k_index, top_k_weights : Tensor
+        ``[num_tokens, top_k]``.
+
+    Raises
+    ------
+    NotImplementedError
+        Experts that kt_kernel cannot compute; one sentence.
+    RuntimeError
+        Training mode, weights that are gone.
+    """
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError("kt_kernel's experts cannot be trained; call model.eval() or choose another implementation.")
+    layer = getattr(module, _ATTRIBUTE, None)
+    if layer is None:
+        layer = _pack(module, top_k_index.shape[-1], next(_layers))
+    if layer.num_device_experts and layer.gate_up_proj.device != hidden_states.device:
+        layer.to(hidden_states.device)
+    ids = top_k_index.masked_fill(top_k_index >= layer.config.num_experts, -1)
+    return layer(hidden_states, ids, top_k_weights)
+
+
+def pack_experts(model: nn.Module) -> int:
+    """Pack every layer's experts now, instead of when the layer first runs; again where the weights are still there.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Made with ``experts_implementation="kt_kernel"``.
+
+    Returns
+    -------
+    int
+        Layers that were packed; those whose weights were freed before are packed already and not counted.
+
+    Raises
+    ------
+    ValueError
+        A model without such layers.
+    NotImplementedError
+        Experts that kt_kernel cannot compute.
+    """
+    found = [module for module in model.modules() if _is_experts(module)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no experts to pack; make it with from_pretrained(..., "
+            f'experts_implementation="{NAME}").'
+        )
+    count = 0
+    for index, module in enumerate(found):
+        if module.gate_up_proj.numel():
+            _pack(module, int(module.config.num_experts_per_tok), index)
+            count += 1
+    return count
+
+
+def _is_experts(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return hasattr(module, "gate_up_proj") and getattr(config, "_experts_implementation", None) == NAME
+
+
+@torch.compiler.disable
+def _pack(module: nn.Module, top_k: int, index: int) -> HybridMoE:
+    _check(module)
+    layer = HybridMoE.from_tensors(
+        module.gate_up_proj.detach(),
+        module.down_proj.detach(),
+        top_k=top_k,
+        layer_idx=index,
+        method=_settings.method or default_method(),
+        num_gpu_experts=_settings.num_gpu_experts,
+        device=module.gate_up_proj.device,
+        engine=_settings.engine,
+    )
+    # not as a submodule: its tensors are no part of the model's state
+    module.__dict__[_ATTRIBUTE] = layer
+    if _settings.free_weights:
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(module, name)
+            setattr(module, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
+        module.register_state_dict_pre_hook(_refuse_state)
+    if index == 0:
+        logger.info("experts are computed by kt_kernel, method %s: %s", layer.wrapper.method, layer.wrapper.moe.explain)
+    return layer
+
+
+def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
+    raise RuntimeError(
+        f"the weights of {prefix}gate_up_proj were freed when kt_kernel packed them; to save the model, load it again "
+        f"without kt_kernel or after register(free_weights=False)."
+    )
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse experts that are something else than ``down(silu(gate x) * up x)``."""
+    name = type(module).__name__
+
+    def refuse(what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"kt_kernel cannot compute {name}: {what}; choose another experts_implementation, such as eager."
+        )
+
+    if not getattr(module, "has_gate", True) or not hasattr(module, "gate_up_proj"):
+        refuse("its experts have no gate")
+    if getattr(module, "has_bias", False):
+        refuse("its experts have biases")
+    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
+        refuse("gate and up are not stored as rows one after the other")
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is not None and gate.__module__ != "transformers.integrations.moe":
+        refuse("it combines gate and up in a way of its own")
+    activation = getattr(module, "act_fn", None)
+    if type(activation).__name__ not in ("SiLU", "SiLUActivation") and activation is not nn.functional.silu:
+        refuse(f"its activation is {type(activation).__name__}, and only SiLU is supported")
+    for weight in (module.gate_up_proj, module.down_proj):
+        if weight.device.type == "meta":
+            refuse("its weights are offloaded; load the model with its experts on the CPU")
+        if weight.dtype not in _DTYPES:
+            refuse(f"its weights are {weight.dtype}, and only bf16, fp16 and fp32 are supported")
+        if weight.dim() != 3:
+            refuse(f"a weight has shape {list(weight.shape)}, as after its weights were freed")
+
+
+try:
+    register()
+except ImportError:
+    # a transformers before version 5 can still read models
+    logger.debug("this transformers has no experts_implementation", exc_info=True)

@@ -184,7 +184,7 @@ def test_imports_are_seen_inside_functions() -> None:
 # Modules of kt_kernel from the bottom up: each may import from rows above its own only, at any depth of its code.
 PYTHON_LAYERS = (
     ("_ext", "_build_info"),
-    ("config", "deferral", "files", "methods", "progress"),
+    ("config", "deferral", "device_experts", "files", "methods", "progress"),
     ("ops", "checkpoint", "packed_folder", "placement"),
     ("experts", "packed_writer"),
     ("loader", "converter", "expert_export"),

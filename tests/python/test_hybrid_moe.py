@@ -1,0 +1,268 @@
+"""HybridMoE in a plain PyTorch program: what it computes, what it saves, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Experts, random_experts, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import BOUNDS, moe_reference, relative_error
+from wrapper_cases import INNER, METHOD_NAMES, E, H, K, batch
+
+from kt_kernel import HybridMoE
+from kt_kernel.config import EngineConfig, MoEConfig
+from kt_kernel.converter import ConvertOptions, convert
+from kt_kernel.device_experts import by_every_expert, by_expert, by_pair
+from kt_kernel.methods import get_method
+
+ENGINE = EngineConfig(num_threads=2, num_nodes=1)
+
+
+@pytest.fixture(scope="module")
+def experts() -> Experts:
+    return random_experts(E, H, INNER)
+
+
+def make(experts: Experts, **options) -> HybridMoE:
+    gate_up = torch.cat((experts.gate, experts.up), dim=1)
+    return HybridMoE.from_tensors(gate_up, experts.down, top_k=K, engine=ENGINE, **options)
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("on_device", [0, 3, E])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_layer_equals_the_torch_moe(experts: Experts, method: str, on_device: int, dtype: torch.dtype) -> None:
+    module = make(experts, method=method, num_gpu_experts=on_device)
+    hidden, ids, weights = batch(33, dtype=dtype)
+    ids[3] = -1
+    ids[4, 0] = -1
+    output = module(hidden, ids, weights)
+    assert output.dtype == dtype and output.shape == hidden.shape
+    assert torch.equal(output[3], torch.zeros_like(output[3]))
+    # the device's share is bf16 products with bf16 between them: the bound of BF16 holds for it
+    assert relative_error(output, moe_reference(hidden, ids, weights, *experts)) < BOUNDS[method]
+    rows = module.wrapper.moe.counters()["rows"]
+    assert rows == int(((ids >= on_device)).sum()), "the CPU computes its own experts and no others"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    mask=st.lists(st.booleans(), min_size=1, max_size=7),
+    tokens=st.integers(0, 9),
+    hidden=st.integers(1, 6).map(lambda n: 16 * n),
+    inter=st.integers(1, 6).map(lambda n: 16 * n),
+    data=st.data(),
+)
+def test_any_placement_equals_the_torch_moe(mask, tokens, hidden, inter, data) -> None:
+    num_experts = len(mask)
+    top_k = data.draw(st.integers(1, num_experts))
+    seed = data.draw(st.integers(0, 1000))
+    weights = random_experts(num_experts, hidden, inter, seed=seed)
+    module = HybridMoE.from_tensors(
+        (weights.gate, weights.up), weights.down, top_k=top_k, gpu_experts_mask=torch.tensor(mask), engine=ENGINE
+    )
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator)
+    ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator, dtype=torch.int32)
+    scales = torch.rand(tokens, top_k, generator=generator)
+    output = module(x, ids, scales)
+    wanted = moe_reference(x, ids, scales, *weights)
+    assert (output.double() - wanted).norm() <= 4 * BOUNDS["BF16"] * wanted.norm() + 1e-6
+
+
+def test_leading_dimensions_are_kept(experts: Experts) -> None:
+    module = make(experts, num_gpu_experts=2)
+    hidden, ids, weights = batch(6)
+    output = module(hidden.view(2, 3, H), ids, weights)
+    assert output.shape == (2, 3, H)
+    assert torch.equal(output.view(6, H), module(hidden, ids, weights))
+
+
+@pytest.mark.parametrize("form", [by_pair, by_every_expert])
+def test_forms_of_the_device_part_agree(experts: Experts, form) -> None:
+    """Forms for CUDA (no shape depends on the routing) against the one of the CPU: sums in another order only."""
+    gate_up = torch.cat((experts.gate, experts.up), dim=1).float()
+    hidden, row, weights = batch(7, dtype=torch.float32)
+    row[2] = -1
+    row[3, 1] = -1
+    row[4] = 5  # one expert twice in a row
+    arguments = (hidden, row, weights, gate_up, experts.down.float())
+    # 1e-5: H + I products of normal values, each rounded at 2^-24
+    torch.testing.assert_close(form(*arguments), by_expert(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_forms_keep_an_infinite_absent_expert_out(experts: Experts) -> None:
+    gate_up = torch.cat((experts.gate, experts.up), dim=1).float()
+    gate_up[0] = torch.inf
+    hidden, row, weights = batch(4, dtype=torch.float32)
+    row[row == 0] = -1
+    for form in (by_expert, by_pair, by_every_expert):
+        assert form(hidden, row, weights, gate_up, experts.down.float()).isfinite().all(), form
+
+
+# --- from files ---
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_path_gives_the_same_layer(tmp_path: Path, experts: Experts, converted: bool) -> None:
+    folder = write_checkpoint(tmp_path / "model", {1: experts})
+    method = "AMXINT8" if converted else "BF16"
+    if converted:
+        convert(ConvertOptions(str(folder), tmp_path / "packed", get_method(method)))
+        folder = tmp_path / "packed"
+    module = HybridMoE.from_path(folder, 1, method=method, num_gpu_experts=3, engine=ENGINE)
+    assert module.config == MoEConfig(1, E, K, H, INNER)
+    hidden, ids, weights = batch(9)
+    output = module(hidden, ids, weights)
+    assert relative_error(output, moe_reference(hidden, ids, weights, *experts)) < BOUNDS[method]
+    if not converted:
+        assert torch.equal(output, make(experts, num_gpu_experts=3)(hidden, ids, weights))
+    with pytest.raises(ValueError, match="layer 0"):
+        HybridMoE.from_path(folder, 0, method=method, engine=ENGINE)
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("on_device", [0, 3, E])
+def test_a_state_dict_makes_the_same_layer(tmp_path: Path, experts: Experts, method: str, on_device: int) -> None:
+    parent = torch.nn.Sequential(make(experts, method=method, num_gpu_experts=on_device))
+    torch.save(parent.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = torch.nn.Sequential(
+        HybridMoE(MoEConfig(0, E, K, H, INNER), method=method, num_gpu_experts=on_device, engine=ENGINE)
+    )
+    with pytest.raises(RuntimeError, match="layer 0 has no weights yet; make it with from_tensors"):
+        other[0](*batch(1))
+    assert other.load_state_dict(state).missing_keys == []
+    assert torch.equal(other[0](*batch(5)), parent[0](*batch(5)))
+
+
+def test_a_state_dict_of_another_layer_is_refused(experts: Experts) -> None:
+    module = make(experts, num_gpu_experts=3)
+    state = module.state_dict()
+    config = MoEConfig(0, E, K, H, INNER)
+    other = HybridMoE(config, method="AMXINT8", num_gpu_experts=3, engine=ENGINE)
+    with pytest.raises(RuntimeError, match=r"cpu_experts.int8_n64k4_r512_v1.w13"):
+        other.load_state_dict(state)
+    mask = torch.tensor([True] * 2 + [False] * 5 + [True])
+    other = HybridMoE(config, gpu_experts_mask=mask, engine=ENGINE)
+    with pytest.raises(RuntimeError, match="gpu_experts_mask differs from the module's; make the module with the mask"):
+        other.load_state_dict(state)
+    broken = dict(state)
+    name = next(key for key in broken if key.endswith(".w2"))
+    broken[name] = broken[name][:, :-64]
+    with pytest.raises(RuntimeError, match="cannot be loaded: w2 is"):
+        module.load_state_dict(broken)
+
+
+def test_it_is_neither_copied_nor_pickled(experts: Experts, tmp_path: Path) -> None:
+    module = make(experts)
+    with pytest.raises(TypeError, match="cannot be copied: its experts live in the library; make another"):
+        copy.deepcopy(module)
+    with pytest.raises(TypeError, match="cannot be pickled: its experts live in the library; save its state_dict"):
+        torch.save(module, tmp_path / "module.pt")
+
+
+# --- autograd and torch.compile ---
+
+
+def test_it_is_for_inference_only(experts: Experts) -> None:
+    module = make(experts, num_gpu_experts=3)
+    hidden, ids, weights = batch(4, dtype=torch.float32)
+    plain = module(hidden, ids, weights)
+    hidden.requires_grad_()
+    output = module(hidden, ids, weights)
+    assert torch.equal(output.detach(), plain)
+    with pytest.raises(RuntimeError, match=r"no gradient; run the model under torch.no_grad\(\)"):
+        output.sum().backward()
+    with torch.no_grad():
+        assert not module(hidden, ids, weights).requires_grad
+    module.train()
+    with pytest.raises(RuntimeError, match=r"cannot be trained; call eval\(\) on the model"):
+        module(hidden, ids, weights)
+
+
+@pytest.mark.parametrize("on_device", [0, 3])
+def test_it_compiles_into_one_graph(experts: Experts, on_device: int) -> None:
+    module = make(experts, num_gpu_experts=on_device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 3, 1):
+        arguments = batch(tokens, seed=tokens)
+        with torch.no_grad():
+            assert torch.equal(compiled(*arguments), module(*arguments))
+
+
+def test_the_operator_passes_opcheck(experts: Experts) -> None:
+    gate_up = torch.cat((experts.gate, experts.up), dim=1)
+    hidden, ids, weights = batch(4)
+    torch.library.opcheck(
+        torch.ops.kt_kernel.device_experts.default, (hidden, ids, weights, gate_up, experts.down, torch.arange(E))
+    )
+
+
+def test_a_module_of_many_layers_runs(experts: Experts) -> None:
+    """Submitted and fetched in order, each layer on the last one's output."""
+    layers = [make(random_experts(E, H, INNER, seed=seed), num_gpu_experts=seed, layer_idx=seed) for seed in range(3)]
+    hidden, ids, weights = batch(5, dtype=torch.float32)
+    wanted = hidden.double()
+    for seed, layer in enumerate(layers):
+        hidden = hidden + layer(hidden, ids, weights)
+        wanted = wanted + moe_reference(wanted, ids, weights, *random_experts(E, H, INNER, seed=seed))
+    assert relative_error(hidden, wanted) < 3 * BOUNDS["BF16"]
+
+
+# --- refusals ---
+
+
+def test_wrong_inputs_are_refused_and_leave_it_usable(experts: Experts) -> None:
+    module = make(experts, num_gpu_experts=3)
+    hidden, ids, weights = batch(4)
+    good = module(hidden, ids, weights)
+    with pytest.raises(ValueError, match=rf"hidden_states has shape \[4, 16\]; its last dimension must be {H}"):
+        module(hidden[:, :16], ids, weights)
+    with pytest.raises(ValueError, match=r"topk_ids has shape \[3, 2\]; it must be \[4, 2\]"):
+        module(hidden, ids[:3], weights)
+    for wrong in (E, -2):
+        bad = ids.clone()
+        bad[1, 1] = wrong
+        with pytest.raises((ValueError, RuntimeError), match=rf"{wrong}.*expert ids are"):
+            module(hidden, bad, weights)
+    with pytest.raises(ValueError, match="hidden_states is on meta and the module's device experts are on cpu"):
+        module(hidden.to("meta"), ids, weights)
+    assert torch.equal(module(hidden, ids, weights), good)
+
+
+def test_wrong_weights_are_refused(experts: Experts) -> None:
+    gate_up = torch.cat((experts.gate, experts.up), dim=1)
+    with pytest.raises(ValueError, match=r"gate_up has shape \[8, 191, 192\]; it must be"):
+        HybridMoE.from_tensors(gate_up[:, 1:], experts.down, top_k=K)
+    with pytest.raises(ValueError, match=r"down_proj has shape \[8, 192, 95\]"):
+        HybridMoE.from_tensors(gate_up, experts.down[:, :, 1:], top_k=K)
+    with pytest.raises(ValueError, match="top_k is 9, above num_experts = 8"):
+        HybridMoE.from_tensors(gate_up, experts.down, top_k=9)
+    with pytest.raises(ValueError, match="method 'NOPE' is unknown"):
+        HybridMoE.from_tensors(gate_up, experts.down, top_k=K, method="NOPE")
+    with pytest.raises(ValueError, match=r"gpu_experts_mask is torch.bool of shape \[3\]"):
+        HybridMoE.from_tensors(gate_up, experts.down, top_k=K, gpu_experts_mask=torch.ones(3, dtype=torch.bool))
+
+
+def test_it_is_imported_when_it_is_asked_for() -> None:
+    program = (
+        "import sys, kt_kernel\n"
+        "assert 'kt_kernel.hybrid_moe' not in sys.modules\n"
+        "assert kt_kernel.HybridMoE.__name__ == 'HybridMoE' and 'HybridMoE' in kt_kernel.__all__\n"
+        "assert not hasattr(kt_kernel, 'Nothing')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr

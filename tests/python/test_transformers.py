@@ -1,0 +1,273 @@
+"""transformers with kt_kernel's experts: logits of tiny models, tokens of the demo model, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from reference import BOUNDS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kt_kernel.integrations.transformers as kt_transformers
+from kt_kernel import demo
+from kt_kernel.config import EngineConfig
+
+ENGINE = EngineConfig(num_threads=2, num_nodes=1)
+LAYERS = 3
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+QWEN = {**SIZES, "moe_intermediate_size": 48, "num_experts": 6}
+CONFIGS = {
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**QWEN, shared_expert_intermediate_size=32, norm_topk_prob=True),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**QWEN, head_dim=16, norm_topk_prob=True),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=6),
+}
+IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    kt_transformers.register(engine=ENGINE)
+    yield
+    kt_transformers.register()
+
+
+def save(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    for parameter in model.parameters():
+        # larger than the initializer's, so that experts matter for the logits; bf16 values, so that BF16 is exact
+        parameter.data = (parameter.data if parameter.dim() == 1 else parameter.data * 4).bfloat16().float()
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, implementation: str = "kt_kernel", **options):
+    options.setdefault("dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation, **options)
+
+
+def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits.double()
+
+
+def experts_of(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts")]
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("num_gpu_experts", [0, 2])
+@pytest.mark.parametrize("method", list(BOUNDS))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_layer_equals_its_own_experts(tmp_path: Path, family: str, method: str, num_gpu_experts: int) -> None:
+    """The same inputs to every layer of both, so that the bound of one layer applies."""
+    kt_transformers.register(method, num_gpu_experts=num_gpu_experts, engine=ENGINE)
+    save(tmp_path, family)
+    inputs: list[tuple] = []
+    plain = load(tmp_path, "eager")
+    hooks = [m.register_forward_hook(lambda _m, a, out: inputs.append((a, out))) for m in experts_of(plain)]
+    logits(plain)
+    assert len(hooks) == len(inputs) == LAYERS
+    for module, (arguments, wanted) in zip(experts_of(load(tmp_path)), inputs, strict=True):
+        with torch.no_grad():
+            found = module(*arguments)
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < BOUNDS[method]
+        assert error > 0, "these are the model's own experts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_equal_those_of_its_own_experts(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """Against the model in fp32; the seed has no router that is undecided within rounding, which no bound would cover.
+
+    Each MoE layer errs by 2^-6 of its own output at most (reference.py), in fp32 and bf16 and fp16 alike, and a
+    residual stream carries it to the logits no more than in full (every layer's output is a part of the stream). The
+    rest of the network in bf16 rounds the stream and each sublayer's input, weights product and output: 4 roundings of
+    2^-8 for each of 2 sublayers.
+    """
+    wanted = logits(load(save(tmp_path, family), "eager"))
+    model = load(tmp_path, dtype=dtype)
+    found = logits(model)
+    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    bound = LAYERS * (BOUNDS["BF16"] + 8 * rounding)
+    assert (found - wanted).norm() / wanted.norm() < bound
+    assert all(module.gate_up_proj.numel() == 0 for module in experts_of(model)), "the weights were not freed"
+
+
+def test_a_step_with_a_cache_equals_one_without(tmp_path: Path) -> None:
+    model = load(save(tmp_path, "qwen3_moe"))
+    with torch.no_grad():
+        first = model(IDS[:, :-1], use_cache=True)
+        step = model(IDS[:, -1:], past_key_values=first.past_key_values).logits[:, -1]
+    # a batch of one token and one of all: other kernels for BF16, sums in another order
+    torch.testing.assert_close(step.double(), logits(model)[:, -1], rtol=1e-2, atol=1e-2)
+
+
+def test_transformers_computes_them_by_the_library(tmp_path: Path) -> None:
+    model = load(save(tmp_path, "qwen2_moe"))
+    logits(model)
+    layers = [getattr(module, kt_transformers._ATTRIBUTE) for module in experts_of(model)]
+    counters = [layer.wrapper.moe.counters() for layer in layers]
+    assert [row["rows"] for row in counters] == [IDS.numel() * 2] * LAYERS
+    assert [layer.config.layer_idx for layer in layers] == sorted(layer.config.layer_idx for layer in layers)
+
+
+def test_absent_experts_add_nothing(tmp_path: Path) -> None:
+    """transformers marks slots of other ranks with the number of experts."""
+    module = experts_of(load(save(tmp_path, "qwen3_moe")))[0]
+    hidden = torch.randn(3, 64)
+    index = torch.tensor([[0, 1], [2, 6], [6, 6]])
+    weights = torch.tensor([[0.5, 0.5], [0.25, 9.0], [9.0, 9.0]])
+    output = module(hidden, index, weights).detach()
+    assert output[2].abs().max() == 0
+    assert torch.equal(output[1], module(hidden[1:2], torch.tensor([[2, 2]]), torch.tensor([[0.25, 0.0]])).detach()[0])
+
+
+def test_the_environment_names_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "mixtral")
+    monkeypatch.setenv("KT_METHOD", "AMXINT4")
+    model = load(tmp_path)
+    assert kt_transformers.pack_experts(model) == LAYERS
+    layer = getattr(experts_of(model)[0], kt_transformers._ATTRIBUTE)
+    assert layer.wrapper.method == "AMXINT4"
+    assert kt_transformers.pack_experts(model) == 0
+    monkeypatch.setenv("KT_METHOD", "FP9")
+    with pytest.raises(ValueError, match="method 'FP9' is unknown"):
+        logits(load(tmp_path))
+
+
+def test_the_log_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(save(tmp_path, "mixtral"))
+    with caplog.at_level(logging.INFO, "kt_kernel.transformers"):
+        kt_transformers.pack_experts(model)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("experts are computed by kt_kernel, method BF16: ")
+
+
+def test_weights_can_be_kept(tmp_path: Path) -> None:
+    kt_transformers.register(free_weights=False, engine=ENGINE)
+    plain = load(save(tmp_path / "a", "qwen3_moe"), "eager")
+    model = load(tmp_path / "a")
+    found = logits(model)
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(load(tmp_path / "b", "eager")), logits(plain))
+    model.set_experts_implementation("eager")
+    assert torch.equal(logits(model), logits(plain))
+    model.set_experts_implementation("kt_kernel")
+    for module in experts_of(model):
+        module.down_proj.data.zero_()
+    assert torch.equal(logits(model), found)
+    assert kt_transformers.pack_experts(model) == LAYERS
+    assert not torch.equal(logits(model), found)
+
+
+# --- what is refused ---
+
+
+def test_a_packed_model_is_neither_saved_nor_copied_nor_trained(tmp_path: Path) -> None:
+    model = load(save(tmp_path, "qwen3_moe"))
+    output = model(IDS)
+    with pytest.raises(RuntimeError, match=r"have no gradient; run the model under torch.no_grad\(\)"):
+        output.logits.sum().backward()
+    with pytest.raises(RuntimeError, match="experts.gate_up_proj were freed when kt_kernel packed them; to save the"):
+        model.save_pretrained(tmp_path / "other")
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(model)
+    model.train()
+    with pytest.raises(RuntimeError, match=r"cannot be trained; call model.eval\(\) or choose another implementation"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"act_fn": torch.nn.GELU()}, "its activation is GELU, and only SiLU is supported"),
+        ({"has_bias": True}, "its experts have biases"),
+        ({"has_gate": False}, "its experts have no gate"),
+        ({"is_transposed": True}, "not stored as rows one after the other"),
+        ({"is_concatenated": False}, "not stored as rows one after the other"),
+    ],
+)
+def test_experts_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
+    model = load(save(tmp_path, "qwen3_moe"))
+    for name, value in change.items():
+        setattr(experts_of(model)[0], name, value)
+    with pytest.raises(NotImplementedError, match=f"cannot compute Qwen3MoeExperts: .*{words}.*; choose another"):
+        logits(model)
+
+
+def test_a_gate_of_its_own_and_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(save(tmp_path, "mixtral"))
+    module = experts_of(model)[0]
+    module.to(torch.float64)
+    with pytest.raises(NotImplementedError, match="its weights are torch.float64"):
+        kt_transformers.pack_experts(model)
+    module.to("meta")
+    with pytest.raises(NotImplementedError, match="its weights are offloaded; load the model with its experts on"):
+        kt_transformers.pack_experts(model)
+    monkeypatch.setattr(type(module), "_apply_gate", lambda self, x: x)
+    with pytest.raises(NotImplementedError, match="it combines gate and up in a way of its own"):
+        kt_transformers.pack_experts(model)
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no experts to pack; make it with from_pretrained"):
+        kt_transformers.pack_experts(load(tmp_path, "eager"))
+    with pytest.raises(ValueError, match="method 'NOPE' is unknown"):
+        kt_transformers.register("NOPE")
+
+
+# --- the demo model ---
+
+
+@pytest.fixture(scope="module")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with 3 experts, 2 a token: 0.6 GB."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    demo.make_demo(folder, demo.Upcycling(num_experts=3))
+    return folder
+
+
+QUESTIONS = ("What is the capital of France?", "Name three colours.", "How do I boil an egg?")
+
+
+def greedy(model, prompts: list[torch.Tensor], num_tokens: int) -> list[list[int]]:
+    answers = []
+    for prompt in prompts:
+        answer = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        )
+        answers.append(answer[0, prompt.shape[1] :].tolist())
+    return answers
+
+
+def test_the_demo_model_gives_the_same_tokens(demo_model: Path) -> None:
+    """Greedy decoding with its own experts and with ours, in fp32: the rest of the model is the same arithmetic."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        for chat in chats
+    ]
+    wanted = greedy(load(demo_model, "eager"), prompts, 24)
+    model = load(demo_model)
+    assert greedy(model, prompts, 24) == wanted
+    assert "Paris" in tokenizer.decode(wanted[0])
+    layers = [getattr(module, kt_transformers._ATTRIBUTE) for module in experts_of(model)]
+    tokens = sum(prompt.numel() + len(answer) - 1 for prompt, answer in zip(prompts, wanted, strict=True))
+    assert [layer.wrapper.moe.counters()["rows"] for layer in layers] == [2 * tokens] * len(layers)
