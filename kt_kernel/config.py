@@ -69,6 +69,36 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "microseconds an idle worker spins before it sleeps",
     ),
     EnvironmentVariable(
+        "KT_CUDA_DRIVER",
+        "`libcuda.so.1`",
+        "csrc/runtime/cuda_driver.cpp",
+        "path of the CUDA driver's library (the tests' double: build/test/libfake_cuda.so)",
+    ),
+    EnvironmentVariable(
+        "KT_CUDA_SIGNAL",
+        "`doorbell` where a probe finds it working",
+        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream.py",
+        "how a GPU's stream calls the CPU experts: `doorbell` (memory words) or `hostfunc` (host functions)",
+    ),
+    EnvironmentVariable(
+        "KT_CUDA_SIGNAL_FOUND",
+        "set by the first process that probes",
+        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream.py",
+        "what the probe found, for the processes it starts; not to be set by hand",
+    ),
+    EnvironmentVariable(
+        "KT_CUDA_SPIN_MS",
+        "20",
+        "csrc/runtime/cuda_sync.cpp",
+        "milliseconds one CPU thread polls for the next layer before it sleeps (doorbell)",
+    ),
+    EnvironmentVariable(
+        "KT_SYNC_TIMEOUT",
+        "300",
+        "csrc/runtime/cuda_sync.cpp",
+        "seconds a GPU waits for one layer's CPU experts before it is let go with an error; 0: for ever",
+    ),
+    EnvironmentVariable(
         "KT_DEMO_DIR",
         "`.demo` in the clone",
         "scripts/quickstart.sh",

@@ -288,6 +288,26 @@ class CpuExperts:
         """Compute now: arguments of :meth:`submit`, result of :meth:`sync`."""
         return ops.moe_forward(hidden_states, topk_ids, topk_weights, skip, self._handle)
 
+    def submit_on_stream(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        skip: torch.Tensor | None,
+        stream: int,
+        current_stream: int,
+    ) -> torch.Tensor:
+        """Enqueue a forward on a device's stream; may be captured. See :func:`kt_kernel.ops.submit_on_stream`."""
+        return ops.submit_on_stream(hidden_states, topk_ids, topk_weights, skip, self._handle, stream, current_stream)
+
+    @staticmethod
+    def sync_on_stream(
+        ticket: torch.Tensor, hidden_states: torch.Tensor, *, stream: int, current_stream: int
+    ) -> torch.Tensor:
+        """Enqueue the wait for it; the result is used by `current_stream`."""
+        return ops.sync_on_stream(ticket, hidden_states, stream, current_stream)
+
     # --- state ---
 
     @property
@@ -313,3 +333,23 @@ class CpuExperts:
     def close(self) -> None:
         """Free the memory; later calls raise."""
         self.layer.close()
+
+
+def check_devices() -> None:
+    """Raise what went wrong in forwards that a graph or a stream asked for since the last call that raised.
+
+    Errors of a launched graph meet no Python call of the graph's own: call this after each pass.
+
+    Raises
+    ------
+    RuntimeError
+        The first error, with the layer.
+    """
+    for engine in list(_engines.values()):
+        engine.check_devices()
+
+
+def clear_device_buffers() -> None:
+    """Free the pinned buffers that neither a graph nor a forward under way refers to."""
+    for engine in list(_engines.values()):
+        engine.clear_device_buffers()

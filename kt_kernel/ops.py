@@ -53,6 +53,42 @@ def sync(ticket: Tensor, hidden_states: Tensor) -> Tensor:
     return _native.sync(ticket, hidden_states)
 
 
+def submit_on_stream(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    skip: Tensor | None,
+    layer: int,
+    stream: int,
+    current_stream: int,
+) -> Tensor:
+    """Enqueue on a device's stream a snapshot of the inputs and the call for what `moe_forward` computes.
+
+    Inputs on one device, contiguous; ids int32 or int64, weights fp32. `skip` is on the CPU and read when the forward
+    runs, so it may be changed in place, also between launches of a graph. `current_stream` made the inputs and is
+    ordered against `stream` by events.
+
+    Returns
+    -------
+    Tensor
+        Ticket, int64 ``[1]``, CPU, to be given to `sync_on_stream` exactly once.
+
+    Raises
+    ------
+    RuntimeError
+        No CUDA driver; a wrong device, type or shape; what went wrong in an earlier forward of a stream.
+    """
+    return _native.submit_on_stream(hidden_states, topk_ids, topk_weights, skip, layer, stream, current_stream)
+
+
+def sync_on_stream(ticket: Tensor, hidden_states: Tensor, stream: int, current_stream: int) -> Tensor:
+    """Enqueue the wait for a forward and the copy of its result into a fresh tensor of hidden_states' shape and type.
+
+    Returns at once; `current_stream` may use the result. Raises RuntimeError as `submit_on_stream` does.
+    """
+    return _native.sync_on_stream(ticket, hidden_states, stream, current_stream)
+
+
 @torch.library.register_fake("kt_kernel::moe_forward")
 def _(hidden_states, topk_ids, topk_weights, skip, layer):
     return hidden_states.new_empty(hidden_states.shape)
@@ -65,6 +101,16 @@ def _(hidden_states, topk_ids, topk_weights, skip, layer):
 
 @torch.library.register_fake("kt_kernel::sync")
 def _(ticket, hidden_states):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@torch.library.register_fake("kt_kernel::submit_on_stream")
+def _(hidden_states, topk_ids, topk_weights, skip, layer, stream, current_stream):
+    return hidden_states.new_empty((1,), dtype=torch.int64, device="cpu")
+
+
+@torch.library.register_fake("kt_kernel::sync_on_stream")
+def _(ticket, hidden_states, stream, current_stream):
     return hidden_states.new_empty(hidden_states.shape)
 
 

@@ -1,30 +1,37 @@
 """KTMoEWrapper: what stock SGLang and its fork construct and call, one per MoE layer. Thin over ``experts.py``.
 
 ``submit_forward`` copies its inputs, queues the forward and returns; while the CPU computes, the GPU works on its own
-experts; ``sync_forward`` waits and returns the CPU's share of the output.
+experts; ``sync_forward`` waits and returns the CPU's share of the output. With tensors on a GPU both only enqueue on
+the stream they are given, and may be captured into a CUDA graph.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from kt_kernel import layer_chain
+from kt_kernel import _ext, device_stream, layer_chain
 from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts, is_count
 from kt_kernel.deferral import select_deferred_experts
 from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
-from kt_kernel.experts import CpuExperts, get_engine
+from kt_kernel.experts import CpuExperts, check_devices, clear_device_buffers, get_engine
 from kt_kernel.methods import get_method
-
-logger = logging.getLogger("kt_kernel")
 
 _HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class _Submitted(NamedTuple):
+    """A forward that was submitted and not synced."""
+
+    ticket: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    on_device: bool
 
 
 class KTMoEWrapper:
@@ -55,7 +62,7 @@ class KTMoEWrapper:
     weight_path : str, optional
         Folder of a checkpoint or of converted experts; needed by :meth:`load_weights` only.
     chunked_prefill_size : int, optional
-        Not needed: scratch grows to the largest batch seen.
+        A hint: with tensors on a GPU, pinned buffers are made for so many tokens; larger batches make them grow.
     max_deferred_experts_per_token : int, optional
         Experts of a token that may be computed during the next MoE layer and are added to its output: all but the
         ``num_experts_per_tok - max_deferred_experts_per_token`` of the largest weights, unless another token of the
@@ -82,6 +89,7 @@ class KTMoEWrapper:
     """
 
     _capture_batch_sizes: list[int] = []
+    _expects_device = False
 
     def __init__(
         self,
@@ -147,7 +155,7 @@ class KTMoEWrapper:
         self.cpuinfer_threads = self.cpu_infer.num_threads
         self.threadpool_count = self.cpu_infer.num_nodes
         self.moe: CpuExperts | None = None
-        self._tickets: deque[tuple[torch.Tensor, torch.Size, torch.dtype]] = deque()
+        self._tickets: deque[_Submitted] = deque()
         self._hosted = torch.zeros(num_experts, dtype=torch.bool)
         self._order: list[int] | None = None  # what load_weights was given, as long as weight_path can give more
         self._writer = ExpertWriter()
@@ -362,46 +370,60 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None = None,
     ) -> None:
-        """Queue a forward; the inputs are copied before this returns and may be changed right after.
+        """Queue a forward; the inputs may be changed right after.
 
-        Several forwards may be submitted before the first is synced; :meth:`sync_forward` returns them in order.
+        CPU tensors are copied before this returns. Of tensors on a GPU, a snapshot is enqueued on `cuda_stream`,
+        ordered behind torch's current stream, and what the current stream does later to them waits for it. Several
+        forwards may be submitted before the first is synced; :meth:`sync_forward` returns them in order.
 
         Parameters
         ----------
         hidden_states : Tensor
-            ``[..., hidden_size]``, bf16, fp16 or fp32, CPU.
+            ``[..., hidden_size]``, bf16, fp16 or fp32.
         topk_ids : Tensor
-            ``[num_tokens, num_experts_per_tok]``, any integer type, CPU; -1 = no expert.
+            ``[num_tokens, num_experts_per_tok]``, any integer type, on the same device; -1 = no expert.
         topk_weights : Tensor
             Like topk_ids, a float type.
         cuda_stream : int, optional
-            0 or None for CPU tensors.
+            Handle of the stream, 0 for the default one; None: torch's current stream. 0 or None for CPU tensors.
 
         Raises
         ------
+        TypeError
+            No tensors.
         ValueError
             A wrong shape, type or device.
         RuntimeError
-            No weights, or an expert that is neither on the GPU nor loaded.
+            No weights, an expert that is neither on the GPU nor loaded, or what went wrong in an earlier forward that a
+            stream or a graph asked for.
         """
         hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
-        ticket = self._ready().submit(hidden, ids, weights, skip=self.gpu_experts_mask)
-        self._tickets.append((ticket, hidden.shape, hidden.dtype))
+        experts = self._ready()
+        on_device = device_stream.is_on_device(hidden, cuda_stream)
+        if on_device:
+            stream, current = self._streams(hidden, cuda_stream)
+            ticket = experts.submit_on_stream(
+                hidden, ids, weights, skip=self.gpu_experts_mask, stream=stream, current_stream=current
+            )
+        else:
+            ticket = experts.submit(hidden, ids, weights, skip=self.gpu_experts_mask)
+        self._tickets.append(_Submitted(ticket, hidden.shape, hidden.dtype, on_device))
 
     def sync_forward(self, hidden_states: torch.Tensor, cuda_stream: int | None = None) -> torch.Tensor:
-        """Wait for the oldest submitted forward.
+        """Wait for the oldest submitted forward; on a GPU, enqueue the wait and return at once.
 
         Parameters
         ----------
         hidden_states : Tensor
-            Of the shape and dtype that was submitted; not read.
+            Of the shape, dtype and device that was submitted; not read.
         cuda_stream : int, optional
-            0 or None for CPU tensors.
+            As for :meth:`submit_forward`, the same stream or one ordered behind it.
 
         Returns
         -------
         Tensor
-            ``[num_tokens, hidden_size]`` in hidden_states' dtype, fresh: the caller may keep or change it.
+            ``[num_tokens, hidden_size]`` in hidden_states' dtype, fresh: the caller may keep or change it. Torch's
+            current stream may use it.
 
         Raises
         ------
@@ -411,14 +433,23 @@ class KTMoEWrapper:
         if not self._tickets:
             raise RuntimeError(f"sync_forward of layer {self.layer_idx} was called without submit_forward before.")
         self._check_device("hidden_states", hidden_states, cuda_stream)
-        ticket, shape, dtype = self._tickets[0]
+        ticket, shape, dtype, on_device = self._tickets[0]
         if hidden_states.dtype != dtype or hidden_states.numel() != shape.numel():
             raise ValueError(
                 f"sync_forward of layer {self.layer_idx} was given {hidden_states.dtype} {list(hidden_states.shape)}, "
                 f"but {dtype} {list(shape)} was submitted."
             )
+        if device_stream.is_on_device(hidden_states, cuda_stream) != on_device:
+            raise ValueError(
+                f"sync_forward of layer {self.layer_idx} was given {hidden_states.device} and stream {cuda_stream}, "
+                f"but {'device' if on_device else 'CPU'} tensors were submitted."
+            )
         self._tickets.popleft()
-        return CpuExperts.sync(ticket, hidden_states.reshape(shape))
+        hidden = hidden_states.reshape(shape)
+        if not on_device:
+            return CpuExperts.sync(ticket, hidden)
+        stream, current = self._streams(hidden, cuda_stream)
+        return CpuExperts.sync_on_stream(ticket, hidden, stream=stream, current_stream=current)
 
     def forward(
         self,
@@ -428,6 +459,9 @@ class KTMoEWrapper:
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
         """Arguments of :meth:`submit_forward`, result of :meth:`sync_forward`."""
+        if isinstance(hidden_states, torch.Tensor) and device_stream.is_on_device(hidden_states, cuda_stream):
+            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+            return self.sync_forward(hidden_states, cuda_stream)
         hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
         return self._ready().forward(hidden, ids, weights, skip=self.gpu_experts_mask)
 
@@ -444,13 +478,24 @@ class KTMoEWrapper:
             self._chain.link()
         return self.moe
 
+    def _streams(self, tensor: torch.Tensor, cuda_stream: int | None) -> tuple[int, int]:
+        """Handles of the stream to enqueue on and of torch's current one."""
+        if not KTMoEWrapper._expects_device:
+            KTMoEWrapper._expects_device = True
+            device_stream.choose_signal(tensor.device.index or 0)
+            _ext.expect_batch(max(self.chunked_prefill_size or 0, 0))
+        current = device_stream.current_stream(tensor, cuda_stream or 0)
+        return (current if cuda_stream is None else int(cuda_stream)), current
+
     def _check_device(self, name: str, tensor: torch.Tensor, cuda_stream: int | None) -> None:
-        if tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name} is on {tensor.device}; this version of kt_kernel takes CPU tensors only, tensors on a GPU "
-                f"come with a later one."
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{name} is {type(tensor).__name__}, but kt_kernel takes tensors: topk_ids and topk_weights as of "
+                f"SGLang's standard top-k output; choose a --moe-runner-backend that uses it, e.g. triton."
             )
-        if cuda_stream:
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name} is on {tensor.device}; kt_kernel takes tensors on the CPU or on a CUDA device.")
+        if cuda_stream and not device_stream.is_on_device(tensor, cuda_stream):
             raise ValueError(f"cuda_stream is {cuda_stream}, but {name} is a CPU tensor; pass 0 or None.")
 
     def _check_inputs(
@@ -458,6 +503,8 @@ class KTMoEWrapper:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for name, tensor in (("hidden_states", hidden), ("topk_ids", ids), ("topk_weights", weights)):
             self._check_device(name, tensor, cuda_stream)
+            if tensor.device != hidden.device:
+                raise ValueError(f"{name} is on {tensor.device}, but hidden_states is on {hidden.device}.")
         size, top_k = self.hidden_size, self.num_experts_per_tok
         if hidden.dim() < 1 or hidden.shape[-1] != size:
             raise ValueError(f"hidden_states has shape {list(hidden.shape)}; its last dimension must be {size}.")
@@ -476,17 +523,22 @@ class KTMoEWrapper:
         if ids.dtype != torch.int32:
             ids = ids.to(torch.int64)
         shape = (tokens, top_k)
-        return hidden, ids.reshape(shape), weights.to(torch.float32).reshape(shape)
+        return hidden, ids.reshape(shape).contiguous(), weights.to(torch.float32).reshape(shape).contiguous()
 
     # --- what SGLang calls around CUDA graphs ---
 
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
-        """Remember the batch sizes of SGLang's CUDA graphs; the last call wins. CPU tensors need no buffers."""
+        """Remember the batch sizes of SGLang's CUDA graphs; the last call wins.
+
+        A hint: pinned buffers for tensors on a GPU are made for the largest; others are prefixes, or make them grow.
+        """
         sizes = [int(size) for size in capture_bs]
         if any(size < 1 for size in sizes):
             raise ValueError(f"capture batch sizes are {sizes}; each must be at least 1.")
         KTMoEWrapper._capture_batch_sizes = sizes
+        if sizes:
+            _ext.expect_batch(max(sizes))
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
@@ -538,4 +590,10 @@ class KTMoEWrapper:
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """Drop cached buffers; results of CPU forwards are fresh tensors, so there are none."""
+        """Free pinned buffers that neither a CUDA graph nor a forward under way refers to."""
+        clear_device_buffers()
+
+    @staticmethod
+    def check_errors() -> None:
+        """Raise what went wrong in forwards of launched graphs, which meet no other call: see `check_devices`."""
+        check_devices()

@@ -215,31 +215,31 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
 }
 
 void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream, CuStream current) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const CurrentContext context(driver_, context_->get());
-    DeviceJob& job = jobs_->find(ticket.id, ticket.serial);
-    Slot& slot = *job.slot;
-    try {
-      const bool captured = is_capturing(stream);
-      KT_CHECK(captured == job.captured,
-               "the forward of layer "
-                   << job.work.layer_idx << " was submitted "
-                   << (job.captured ? "during" : "outside of") << " a graph capture and synced "
-                   << (captured ? "in one" : "without one") << "; capture both, or neither.");
-      enqueue_sync(job, result, stream, current);
-    } catch (const Error&) {
-      slot.stranded = job.captured;
-      abandoned_.push_back(&slot);
-      jobs_->abandon(job, true);
-      throw;
-    }
-    slot.held = false;
-    slot.has_last_use = !job.captured;
-    slot.last_stream = stream;
-    jobs_->set_synced(job);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const CurrentContext context(driver_, context_->get());
+  DeviceJob& job = jobs_->find(ticket.id, ticket.serial);
+  Slot& slot = *job.slot;
+  try {
+    jobs_->check();
+    const bool captured = is_capturing(stream);
+    KT_CHECK(captured == job.captured,
+             "the forward of layer "
+                 << job.work.layer_idx << " was submitted "
+                 << (job.captured ? "during" : "outside of") << " a graph capture and synced "
+                 << (captured ? "in one" : "without one") << "; capture both, or neither.");
+    enqueue_sync(job, result, stream, current);
+  } catch (const Error&) {
+    slot.stranded = job.captured;
+    abandoned_.push_back(&slot);
+    jobs_->abandon(job, true);
+    throw;
   }
-  jobs_->check();
+  slot.held = false;
+  if (!job.captured) {
+    slot.has_last_use = true;
+    slot.last_stream = stream;
+  }
+  jobs_->set_synced(job);
 }
 
 void DeviceSync::enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current) {
