@@ -11,11 +11,21 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import hub
 import models
 import pytest
 import server
-from test_server import TOLERANCE, WITHOUT_CACHE, Oracle, ask_oracle, check_concurrent_tokens, distance, teacher_forced
+from test_server import (
+    TOLERANCE,
+    WITHOUT_CACHE,
+    Oracle,
+    ask_oracle,
+    check_concurrent_tokens,
+    check_same,
+    teacher_forced,
+)
 
 from kt_kernel.methods import METHODS
 
@@ -44,6 +54,10 @@ REFUSALS = {
         ["--kt-num-gpu-experts is 41", "40 experts"],
     ),
     "negative_gpu_experts": (["--kt-weight-path", "WEIGHTS", "--kt-num-gpu-experts", "-1"], ["--kt-num-gpu-experts"]),
+    "negative_deferral": (
+        ["--kt-weight-path", "WEIGHTS", "--kt-max-deferred-experts-per-token", "-1"],
+        ["--kt-max-deferred-experts-per-token is -1"],
+    ),
     "no_threads": (["--kt-weight-path", "WEIGHTS", "--kt-cpuinfer", "0"], ["--kt-cpuinfer is 0"]),
     "other_model": (["--kt-weight-path", "OTHER"], ["num_experts 8", "40"]),
     "dense_model": (
@@ -51,22 +65,71 @@ REFUSALS = {
         ["--kt-weight-path is given, but the model being served has no experts"],
     ),
     "expert_parallel": (["--kt-weight-path", "WEIGHTS", "--ep-size", "2", "--tp-size", "2"], ["--ep-size is 2"]),
+    "all_to_all": (
+        ["--kt-weight-path", "WEIGHTS", "--moe-a2a-backend", "deepep", "--tp-size", "2"],
+        ["--moe-a2a-backend deepep does not work with experts on the CPU"],
+    ),
+    "two_batch_overlap": (
+        ["--kt-weight-path", "WEIGHTS", "--enable-two-batch-overlap"],
+        ["--enable-two-batch-overlap does not work"],
+    ),
+    "pdmux": (["--kt-weight-path", "WEIGHTS", "--enable-pdmux"], ["--enable-pdmux does not work"]),
+    "eplb": (["--kt-weight-path", "WEIGHTS", "--enable-eplb"], ["--enable-eplb does not work"]),
+    "redundant_experts": (
+        ["--kt-weight-path", "WEIGHTS", "--ep-num-redundant-experts", "4"],
+        ["--ep-num-redundant-experts 4 does not work"],
+    ),
+    "replicas": (["--kt-weight-path", "WEIGHTS", "--dp-size", "2"], ["--dp-size makes 2 processes on this host"]),
+    "pipeline": (["--kt-weight-path", "WEIGHTS", "--pp-size", "2"], ["--pp-size makes 2 processes on this host"]),
+    "runner_without_ids": (
+        ["--kt-weight-path", "WEIGHTS", "--moe-runner-backend", "triton_kernel"],
+        ["--moe-runner-backend triton_kernel", "auto, triton, marlin"],
+    ),
+    "runner_that_routes": (
+        ["--kt-weight-path", "WEIGHTS", "--moe-runner-backend", "flashinfer_trtllm"],
+        ["--moe-runner-backend flashinfer_trtllm", "auto, triton, marlin"],
+    ),
     "too_little_memory": (
         ["--kt-weight-path", "HUGE", "--model-path", "HUGE"],
         ["GB of host memory", "usable", "experts"],
     ),
 }
 
-# Runs every launch line up to the point where SGLang would start its processes.
+# The same for sglang.Engine, which has no command line: changes of ServerArgs, and the words.
+ENGINE_REFUSALS = {
+    "unknown_method": ({"kt_method": "INT9"}, ["--kt-method", "'INT9'"]),
+    "too_many_gpu_experts": ({"kt_num_gpu_experts": 41}, ["--kt-num-gpu-experts is 41"]),
+    "expert_parallel": ({"ep_size": 2, "tp_size": 2}, ["--ep-size is 2"]),
+    "replicas": ({"dp_size": 2}, ["--dp-size makes 2 processes"]),
+    "runner_without_ids": ({"moe_runner_backend": "triton_kernel"}, ["--moe-runner-backend triton_kernel"]),
+}
+# What the plug-in fills in for an engine: SGLang's field, its value.
+ENGINE_VALUES = {
+    "watchdog_timeout": 3000, "disable_shared_experts_fusion": True, "kt_num_gpu_experts": 0, "sleep_on_idle": True,
+}  # fmt: skip
+
+# Runs every launch line up to the point where SGLang would start its processes, and makes every engine's arguments.
 PARSE_ALL = """
 import json, sys
 import kt_kernel.launch_server as launch_server
 launch_server.prepare_environment()
 from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import prepare_server_args
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 load_plugins()
 found = {}
-for name, argv in json.load(sys.stdin).items():
+given = json.load(sys.stdin)
+sys.argv = ["engine"]
+for name, changes in given["engines"].items():
+    try:
+        args = ServerArgs(**changes)
+        if hasattr(args, "resolve_once"):
+            args.resolve_once()
+        args.check_server_args()
+        from sglang.srt.arg_groups.overrides import resolved_view
+        found[name] = {field: getattr(resolved_view(args), field) for field in given["fields"]}
+    except ValueError as error:
+        found[name] = str(error)
+for name, argv in given["lines"].items():
     sys.argv = ["launch_server", *argv]
     try:
         prepare_server_args(argv)
@@ -109,7 +172,7 @@ def write_huge_model(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("refusals")
     places = {name: folder / name for name in ("WEIGHTS", "OTHER", "EMPTY", "HUGE", "DENSE")}
     models.write_model(places["WEIGHTS"], MODEL)
@@ -123,9 +186,12 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     for name, (flags, _) in {**REFUSALS, "accepted": (["--kt-weight-path", "WEIGHTS"], [])}.items():
         filled = [str(places.get(flag, flag)) for flag in flags]
         lines[name] = ["--model-path", str(places["WEIGHTS"]), *filled]
+    plain = {"model_path": str(places["WEIGHTS"]), "kt_weight_path": str(places["WEIGHTS"]), "kt_method": "AMXINT8"}
+    engines = {f"engine {name}": {**plain, **changes} for name, (changes, _) in ENGINE_REFUSALS.items()}
+    engines["engine accepted"] = plain
     result = subprocess.run(
         [sys.executable, "-c", PARSE_ALL],
-        input=json.dumps(lines),
+        input=json.dumps({"lines": lines, "engines": engines, "fields": list(ENGINE_VALUES)}),
         capture_output=True,
         text=True,
         env=server.server_environment(),
@@ -138,7 +204,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused_with_one_sentence(refusals: dict[str, str | None], name: str) -> None:
+def test_refused_with_one_sentence(refusals: dict[str, Any], name: str) -> None:
     message = refusals[name]
     assert message is not None, "the launch was accepted"
     assert message.startswith("kt_kernel: ")
@@ -147,8 +213,21 @@ def test_refused_with_one_sentence(refusals: dict[str, str | None], name: str) -
         assert words in message
 
 
-def test_good_line_is_accepted(refusals: dict[str, str | None]) -> None:
+def test_good_line_is_accepted(refusals: dict[str, Any]) -> None:
     assert refusals["accepted"] is None
+
+
+@pytest.mark.parametrize("name", ENGINE_REFUSALS)
+def test_engine_is_refused_with_one_sentence(refusals: dict[str, Any], name: str) -> None:
+    message = refusals[f"engine {name}"]
+    assert isinstance(message, str), "the engine was accepted"
+    assert "\n" not in message and message.endswith(".")
+    for words in ENGINE_REFUSALS[name][1]:
+        assert words in message
+
+
+def test_open_values_of_an_engine_are_filled_in(refusals: dict[str, Any]) -> None:
+    assert refusals["engine accepted"] == ENGINE_VALUES
 
 
 def test_refusal_ends_the_launch(tmp_path: Path) -> None:
@@ -176,7 +255,7 @@ def test_pasted_line(oracle: Oracle) -> None:
         assert "--mem-fraction-static 0.92 of a quarter of" in log
         found = teacher_forced(running)
     # four fifths of the experts are bf16, the rest int8
-    assert distance(found, oracle.logprobs["AMXINT8"]) < TOLERANCE["AMXINT8"]
+    check_same(found, oracle.logprobs["AMXINT8"], TOLERANCE["AMXINT8"])
 
 
 class _BrokenProxy(BaseHTTPRequestHandler):
@@ -215,5 +294,15 @@ def test_behind_a_proxy_and_bit_for_bit_in_any_batch(oracle: Oracle, proxy: str)
     log_path = oracle.folder / "proxy.log"
     with server.serve(folder, flags, log_path=log_path, environment=environment, timeout=120) as running:
         assert _BrokenProxy.requests == 0
-        assert distance(teacher_forced(running), oracle.logprobs["AMXINT8"]) < TOLERANCE["AMXINT8"]
+        check_same(teacher_forced(running), oracle.logprobs["AMXINT8"], TOLERANCE["AMXINT8"])
         check_concurrent_tokens(running, exact=True)
+
+
+def test_model_ids_of_the_hub(oracle: Oracle, tmp_path: Path) -> None:
+    """Model and experts are downloaded by their id, by SGLang and by us, where nothing is cached."""
+    name = "someone/tiny-moe"
+    flags = ["--kt-weight-path", name, "--kt-method", "AMXINT8", *WITHOUT_CACHE]
+    with hub.serve_hub(name, oracle.folder / "BF16") as address:
+        environment = server.server_environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0")
+        with server.serve(name, flags, log_path=tmp_path / "server.log", environment=environment) as running:
+            assert distance(teacher_forced(running), oracle.logprobs["AMXINT8"]) < TOLERANCE["AMXINT8"]
