@@ -191,6 +191,10 @@ def check_flags(args: Any) -> ExpertSource:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1, or leave the flag out.")
+    deferred = args.kt_max_deferred_experts_per_token or 0
+    if deferred < 0:
+        raise ValueError(f"--kt-max-deferred-experts-per-token is {deferred}; give at least 0.")
+    check_split(args)  # here already, because SGLang fails on some of these with an assertion
     _check_same_model(args.model_path, source)
     flags.check_location(args, source)
     return source
