@@ -97,6 +97,9 @@ class TinyModel:
             yield f"{prefix}{router}.weight", (self.num_experts, hidden)
             if shared := self.extra.get("n_shared_experts"):
                 yield from _ffn_shapes(prefix + "mlp.shared_experts.", hidden, shared * self.intermediate_size)
+            if shared_size := self.extra.get("shared_expert_intermediate_size"):
+                yield from _ffn_shapes(prefix + "mlp.shared_expert.", hidden, shared_size)
+                yield f"{prefix}mlp.shared_expert_gate.weight", (1, hidden)
             for expert in range(self.num_experts):
                 gate, up, down = self.expert_names(layer, expert)
                 yield gate, (self.intermediate_size, hidden)
@@ -180,6 +183,19 @@ DEEPSEEK_V2 = TinyModel(
         },
     },
 )
+QWEN2_MOE = TinyModel(
+    name="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
+    extra={
+        "num_experts": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "intermediate_size": 512,
+        "shared_expert_intermediate_size": 192,
+        "qkv_bias": False,
+    },
+)
 MIXTRAL = TinyModel(
     name="mixtral",
     architecture="MixtralForCausalLM",
@@ -196,8 +212,8 @@ def random_tensors(model: TinyModel, *, seed: int = 0) -> dict[str, Tensor]:
         if len(shape) == 1:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            std = ROUTER_STD if name.endswith(".gate.weight") else INIT_STD
-            if ".experts." in name and shape[0] == model.hidden_size:
+            std = ROUTER_STD if name.endswith((".gate.weight", ".shared_expert_gate.weight")) else INIT_STD
+            if (".experts." in name or ".shared_expert." in name) and shape[0] == model.hidden_size:
                 std = EXPERT_DOWN_STD
             tensors[name] = (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
     return tensors
@@ -262,3 +278,8 @@ def drop_expert(model: TinyModel, tensors: dict[str, Tensor], expert: int) -> di
         down = model.expert_names(layer, expert)[2]
         changed[down] = torch.zeros_like(tensors[down])
     return changed
+
+
+def zeroed(tensors: dict[str, Tensor], ending: str) -> dict[str, Tensor]:
+    """Return `tensors` with every one whose name has this ending 0."""
+    return {name: torch.zeros_like(tensor) if name.endswith(ending) else tensor for name, tensor in tensors.items()}
