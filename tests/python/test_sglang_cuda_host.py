@@ -23,9 +23,9 @@ import server
 import torch
 from torch import nn
 
+from kt_kernel import experts
 from kt_kernel.integrations.sglang import checks, cuda_flags, cuda_host, device_methods, layers, plugin
 from kt_kernel.integrations.sglang.device_methods import DEVICE_METHODS, check_count, check_runner, method_key
-from kt_kernel.wrapper import KTMoEWrapper
 
 # --- what the installed SGLang does ---
 
@@ -200,7 +200,7 @@ def test_errors_of_a_replay_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> None:
         raise RuntimeError("layer 3, expert 5")
 
-    monkeypatch.setattr(KTMoEWrapper, "raise_pending_errors", staticmethod(check), raising=False)
+    monkeypatch.setattr(experts, "check_devices", check)
     with pytest.raises(RuntimeError, match="layer 3, expert 5"):
         cuda_host.raise_pending_errors(None, None)
 

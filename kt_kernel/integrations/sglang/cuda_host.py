@@ -140,8 +140,6 @@ def raise_pending_errors(_result: Any, _model_runner: Any, *_args: Any, **_kwarg
     RuntimeError
         Names layer and expert.
     """
-    from kt_kernel.wrapper import KTMoEWrapper
+    from kt_kernel.experts import check_devices
 
-    check = getattr(KTMoEWrapper, "raise_pending_errors", None)
-    if check is not None:
-        check()
+    check_devices()
