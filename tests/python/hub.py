@@ -23,8 +23,11 @@ def serve_hub(model_id: str, folder: Path) -> Iterator[str]:
         def do_GET(self, *, with_body: bool = True) -> None:
             path = self.path.split("?")[0]
             if path.startswith(f"/api/models/{model_id}"):
-                files = [{"rfilename": entry.name} for entry in sorted(folder.iterdir())]
-                self._answer(json.dumps({"id": model_id, "sha": COMMIT, "siblings": files}).encode(), with_body)
+                entries = sorted(folder.iterdir())
+                answer: object = {"id": model_id, "sha": COMMIT, "siblings": [{"rfilename": e.name} for e in entries]}
+                if f"{model_id}/tree/" in path:
+                    answer = [{"type": "file", "path": e.name, "size": e.stat().st_size, "oid": COMMIT} for e in entries]
+                self._answer(json.dumps(answer).encode(), with_body)
                 return
             file = folder / path.rsplit("/", 1)[-1]
             if path.startswith(f"/{model_id}/resolve/") and file.is_file():
