@@ -67,8 +67,12 @@ def test_two_layouts_share_the_largest_of_each_buffer() -> None:
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(8192, 8192), (2048, 2048), (64, 1024), (-1, 16384), (None, 16384)])
 def test_a_forward_is_as_large_as_its_chunk(chunk: int | None, tokens: int) -> None:
-    args = SimpleNamespace(chunked_prefill_size=chunk, max_prefill_tokens=16384, kt_num_gpu_experts=0, kt_cpuinfer=2)
+    args = SimpleNamespace(
+        chunked_prefill_size=chunk, max_prefill_tokens=16384, kt_num_gpu_experts=0, kt_cpuinfer=2, dp_size=4,
+        enable_dp_attention=False,
+    )  # fmt: skip
     assert checks.batch_tokens(args) == tokens
+    assert checks.batch_tokens(SimpleNamespace(**{**vars(args), "enable_dp_attention": True})) == 4 * tokens
     source = checks.ExpertSource(Path(), METHODS["AMXINT8"].layout, 58, 256, 7168, 2048)
     found = checks.forward_bytes(args, source, num_tokens=tokens, top_k=8)
     # DeepSeek-V3: 32768 rows x 2048 in fp32 and int8, 4096 tokens x 7168 in int8, each an eighth more
