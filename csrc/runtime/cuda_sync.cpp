@@ -46,6 +46,19 @@ CuAddress address(const void* device_pointer) {
   return static_cast<CuAddress>(reinterpret_cast<uintptr_t>(device_pointer));
 }
 
+// What outlives its DeviceSync because a device may refer to it. Never destroyed.
+struct Leftovers {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<DeviceJobs>> jobs;
+  std::vector<std::unique_ptr<Arena>> arenas;
+  std::vector<std::unique_ptr<PrimaryContext>> contexts;
+};
+
+Leftovers& leftovers() {
+  static Leftovers* const kept = new Leftovers;
+  return *kept;
+}
+
 size_t hidden_bytes(const DeviceInput& input) {
   return static_cast<size_t>(input.num_tokens) * input.hidden_size * dtype_bits(input.dtype) / 8;
 }
@@ -86,7 +99,9 @@ DeviceSync::~DeviceSync() {
   bool free = false;
   try {
     const CurrentContext current(driver_, context_->get());
-    while (!(free = drained()) && std::chrono::steady_clock::now() < deadline) {
+    const bool graphs = std::any_of(arenas_.begin(), arenas_.end(),
+                                    [](const auto& arena) { return arena->num_captured != 0; });
+    while (!graphs && !(free = drained()) && std::chrono::steady_clock::now() < deadline) {
       std::this_thread::sleep_for(milliseconds(1));
     }
     if (way() == SignalWay::kDoorbell) stream_.detach(*jobs_);
@@ -102,18 +117,18 @@ DeviceSync::~DeviceSync() {
   }
   // A graph or a stream may still write these words and call these functions.
   jobs_->take_over();
-  jobs_.release();
-  for (std::unique_ptr<Arena>& arena : arenas_) arena.release();
-  context_.release();
+  const std::lock_guard<std::mutex> lock(leftovers().mutex);
+  leftovers().jobs.push_back(std::move(jobs_));
+  leftovers().contexts.push_back(std::move(context_));
+  for (std::unique_ptr<Arena>& arena : arenas_) leftovers().arenas.push_back(std::move(arena));
 }
 
-// With the context current. Whether neither a stream nor a graph refers to anything here; throws if
-// the context is broken.
+// With the context current. Whether no stream refers to anything here; throws if the context is
+// broken.
 bool DeviceSync::drained() {
   const RelaxedCapture relaxed(driver_);
   if (jobs_->num_outstanding() != 0) return false;
   for (const std::unique_ptr<Arena>& arena : arenas_) {
-    if (arena->num_captured != 0) return false;
     for (const std::unique_ptr<Slot>& slot : arena->slots()) {
       if (slot == nullptr || !slot->has_last_use) continue;
       const CuResult result = driver_.event_query(slot->last_use);
@@ -124,9 +139,13 @@ bool DeviceSync::drained() {
   return true;
 }
 
-bool DeviceSync::is_capturing(CuStream stream) {
+// The one that is behind the other joins the capture only with the event that orders it.
+bool DeviceSync::is_capturing(CuStream stream, CuStream current) {
   int status = kCuCaptureNone;
-  check_cuda(driver_, driver_.stream_is_capturing(stream, &status), "cuStreamIsCapturing");
+  check_cuda(driver_, driver_.stream_is_capturing(current, &status), "cuStreamIsCapturing");
+  if (status == kCuCaptureNone && stream != current) {
+    check_cuda(driver_, driver_.stream_is_capturing(stream, &status), "cuStreamIsCapturing");
+  }
   return status != kCuCaptureNone;
 }
 
@@ -151,7 +170,7 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
   jobs_->check();
   const std::lock_guard<std::mutex> lock(mutex_);
   const CurrentContext context(driver_, context_->get());
-  const bool captured = is_capturing(stream);
+  const bool captured = is_capturing(stream, current);
   std::erase_if(abandoned_, [&](Slot* slot) {
     slot->held = jobs_->refers_to(*slot);
     return !slot->held;
@@ -187,12 +206,12 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
 void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream,
                                 CuStream current) {
   Slot& slot = *job.slot;
+  order(current, stream);
   if (way() == SignalWay::kDoorbell && job.work.layer_idx <= last_layer_) {
     // the first layer of a pass: the CPU stream's thread may be asleep
     check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::wake, jobs_.get()),
                "cuLaunchHostFunc");
   }
-  order(current, stream);
   if (!job.captured && slot.has_last_use && slot.last_stream != stream) {
     check_cuda(driver_, driver_.stream_wait_event(stream, slot.last_use, 0), "cuStreamWaitEvent");
   }
@@ -221,7 +240,7 @@ void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream,
   Slot& slot = *job.slot;
   try {
     jobs_->check();
-    const bool captured = is_capturing(stream);
+    const bool captured = is_capturing(stream, current);
     KT_CHECK(captured == job.captured,
              "the forward of layer "
                  << job.work.layer_idx << " was submitted "

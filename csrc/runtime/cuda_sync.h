@@ -132,7 +132,7 @@ class DeviceSync {
   void order(CuStream before, CuStream after);
   void enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream, CuStream current);
   void enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current);
-  bool is_capturing(CuStream stream);
+  bool is_capturing(CuStream stream, CuStream current);
   bool drained();
 
   CpuStream& stream_;
