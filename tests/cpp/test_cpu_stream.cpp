@@ -1,12 +1,15 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -318,6 +321,95 @@ TEST(CpuStream, ARefusedRunLeavesNothingBehind) {
   EXPECT_FALSE(ran);
 }
 
+// Rung for by a flag, as a device does.
+class Bell : public PolledWork {
+ public:
+  explicit Bell(std::function<void()> job) : job_(std::move(job)) {}
+  bool ready() override { return rung.load(std::memory_order_acquire); }
+  void run() override {
+    rung.store(false);
+    job_();
+    ++runs;
+  }
+  std::atomic<bool> rung{false};
+  std::atomic<int> runs{0};
+
+ private:
+  const std::function<void()> job_;
+};
+
+TEST(CpuStream, PolledWorkRunsOnTheStreamsThread) {
+  CpuStream stream;
+  std::thread::id own;
+  stream.wait(stream.submit([&] { own = std::this_thread::get_id(); }));
+  std::thread::id ran_on;
+  Bell bell([&] { ran_on = std::this_thread::get_id(); });
+  for (const int64_t spin_us : {0, 1'000'000}) {
+    stream.attach(bell, spin_us);
+    const int before = bell.runs;
+    bell.rung = true;
+    while (bell.runs == before) std::this_thread::yield();
+    stream.detach(bell);
+    EXPECT_EQ(ran_on, own);
+  }
+  bell.rung = true;
+  std::this_thread::sleep_for(milliseconds(30));
+  EXPECT_EQ(bell.runs, 2) << "detached";
+}
+
+TEST(CpuStream, PolledWorkNeverRunsBesideOtherJobs) {
+  CpuStream stream;
+  std::atomic<int> inside{0};
+  std::atomic<int> overlaps{0};
+  const auto body = [&] {
+    if (inside.fetch_add(1) != 0) ++overlaps;
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    inside.fetch_sub(1);
+  };
+  Bell bell(body);
+  stream.attach(bell, 1000);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 200; ++i) {
+        bell.rung = true;
+        if ((i + t) % 2 == 0) {
+          stream.run(body);
+        } else {
+          stream.wait(stream.submit(body));
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  while (bell.rung) std::this_thread::yield();
+  stream.detach(bell);
+  EXPECT_EQ(overlaps, 0);
+  EXPECT_GT(bell.runs, 0);
+  // attach() and detach() are jobs, too
+  EXPECT_EQ(stream.completed(), 602u + static_cast<uint64_t>(bell.runs));
+}
+
+TEST(CpuStream, AnIdlePollerSleepsAndAWakeEndsIt) {
+  CpuStream stream;
+  Bell bell([] {});
+  stream.attach(bell, 500);
+  std::this_thread::sleep_for(milliseconds(200));  // sleeps are 20 ms by now
+  std::vector<double> late_ms;
+  for (int i = 0; i < 5; ++i) {
+    bell.rung = true;
+    const auto start = std::chrono::steady_clock::now();
+    stream.wake();
+    while (bell.runs == i) std::this_thread::yield();
+    const auto late = std::chrono::steady_clock::now() - start;
+    late_ms.push_back(std::chrono::duration<double, std::milli>(late).count());
+    std::this_thread::sleep_for(milliseconds(170));
+  }
+  // the machine may be busy: one of five
+  EXPECT_LT(*std::min_element(late_ms.begin(), late_ms.end()), 5.0);
+  stream.detach(bell);
+}
+
 TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
   const auto cpu_seconds = [] {
     rusage usage;
@@ -331,6 +423,13 @@ TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
   std::this_thread::sleep_for(milliseconds(200));
   // a spinning waiter would take 0.2 s
   EXPECT_LT(cpu_seconds() - before, 0.02);
+  Bell bell([] {});
+  stream.attach(bell, 100);
+  std::this_thread::sleep_for(milliseconds(100));
+  const double polling = cpu_seconds();
+  std::this_thread::sleep_for(milliseconds(400));
+  EXPECT_LT(cpu_seconds() - polling, 0.02) << "of 0.4 s";
+  stream.detach(bell);
 }
 
 }  // namespace
