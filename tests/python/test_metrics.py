@@ -1,0 +1,103 @@
+"""Figures of the experts on SGLang's /metrics page."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import prometheus_client
+import pytest
+import server
+
+from kt_kernel.integrations.sglang import metrics
+
+SECOND = 10**9
+
+
+def value(registry: prometheus_client.CollectorRegistry, name: str) -> float | None:
+    return registry.get_sample_value(name, {"method": "AMXINT8"})
+
+
+def test_counters_follow_the_totals() -> None:
+    totals = {"busy_ns": 3 * SECOND, "measured_ns": 0, "hidden_ns": 0, "tokens": 10, "rows": 80}
+    registry = prometheus_client.CollectorRegistry()
+    figures = metrics.Metrics("AMXINT8", lambda: dict(totals), registry)
+    figures.update()
+    assert value(registry, "kt_kernel_cpu_seconds_total") == 3.0
+    assert value(registry, "kt_kernel_overlap_ratio") == 0.0, "nothing was measured"
+    totals |= {"busy_ns": 5 * SECOND, "measured_ns": 2 * SECOND, "hidden_ns": SECOND, "tokens": 11, "rows": 88}
+    figures.update()
+    figures.update()
+    found = [value(registry, name + "_total") for name, *_ in metrics.COUNTERS]
+    assert found == [5.0, 2.0, 1.0, 11.0, 88.0]
+    assert value(registry, "kt_kernel_overlap_ratio") == 0.5
+
+
+def test_counters_never_fall() -> None:
+    """The totals of a layer start again when its weights are replaced."""
+    totals = dict.fromkeys(("busy_ns", "measured_ns", "hidden_ns", "tokens"), 0) | {"rows": 50}
+    registry = prometheus_client.CollectorRegistry()
+    figures = metrics.Metrics("AMXINT8", lambda: dict(totals), registry)
+    for rows in (50, 0, 7):
+        totals["rows"] = rows
+        figures.update()
+    assert value(registry, "kt_kernel_rows_total") == 57.0
+
+
+def test_totals_are_sums_over_layers() -> None:
+    def layer(device: bool, **counters: int) -> Any:
+        experts = SimpleNamespace(counters=lambda: {"tokens": 2, "rows": 8, "busy_ns": 100, **counters})
+        method = SimpleNamespace(wrapper=SimpleNamespace(moe=experts))
+        if device:
+            method.kt_device_experts = SimpleNamespace(counters=lambda: {"tokens": 2, "rows": 1, "busy_ns": 10})
+        return method
+
+    replaced = SimpleNamespace(wrapper=SimpleNamespace(moe=None))
+    found = metrics.totals([layer(False), layer(True), layer(False, measured_ns=50, hidden_ns=40), replaced])
+    assert found == {"busy_ns": 310, "measured_ns": 50, "hidden_ns": 40, "tokens": 6, "rows": 25}
+
+
+def test_nothing_is_made_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_kernel.integrations.sglang import report
+
+    monkeypatch.setattr(metrics, "_metrics", None)
+    monkeypatch.setattr(metrics, "Metrics", lambda *_: pytest.fail("SGLang collects no metrics"))
+    monkeypatch.setattr(report, "methods_with_experts", lambda: [SimpleNamespace()])
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    metrics.after_load_model(None, SimpleNamespace(is_draft_worker=False))
+
+
+@pytest.mark.server
+def test_figures_are_on_sglangs_page(tmp_path: Path) -> None:
+    model = models.QWEN3_MOE
+    folder = models.write_model(tmp_path / "model", model)
+    flags = ["--kt-weight-path", str(folder), "--kt-method", "AMXINT8", "--enable-metrics", "--disable-radix-cache"]
+    with server.serve(folder, flags, log_path=tmp_path / "server.log") as running:
+        time.sleep(2 * metrics.SECONDS_BETWEEN_UPDATES)  # SGLang's own check of the server has just passed
+        before = figures(running)
+        body = {"input_ids": list(range(1, 17)), "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+        running.post("/generate", body)
+        time.sleep(2 * metrics.SECONDS_BETWEEN_UPDATES)
+        after = figures(running)
+    layers = len(model.moe_layers)
+    tokens = after["tokens"] - before["tokens"]
+    # 16 tokens of the prompt and three of the answer; SGLang may start the forward of the last one before it knows that
+    # the answer is complete
+    assert tokens in (layers * (16 + 3), layers * (16 + 4))
+    assert after["rows"] - before["rows"] == tokens * model.config()["num_experts_per_tok"]
+    assert after["cpu_seconds"] > before["cpu_seconds"]
+
+
+def figures(running: server.Server) -> dict[str, float]:
+    """Return our counters of a running server, by their names without prefix."""
+    request = urllib.request.Request(running.url + "/metrics")
+    with server._opener.open(request, timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^kt_kernel_(\w+)_total\{method="AMXINT8"\} (\S+)$', text, re.MULTILINE)
+    assert found, "none of our figures is on the page"
+    return {name: float(number) for name, number in found}
