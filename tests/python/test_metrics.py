@@ -24,13 +24,19 @@ def value(registry: prometheus_client.CollectorRegistry, name: str) -> float | N
 
 
 def test_counters_follow_the_totals() -> None:
-    totals = {"busy_ns": 3 * SECOND, "measured_ns": 0, "hidden_ns": 0, "tokens": 10, "rows": 80}
+    totals = {"busy_ns": 3 * SECOND, "device_measured_ns": 0, "device_hidden_ns": 0, "tokens": 10, "rows": 80}
     registry = prometheus_client.CollectorRegistry()
     figures = metrics.Metrics("AMXINT8", lambda: dict(totals), registry)
     figures.update()
     assert value(registry, "kt_kernel_cpu_seconds_total") == 3.0
     assert value(registry, "kt_kernel_overlap_ratio") == 0.0, "nothing was measured"
-    totals |= {"busy_ns": 5 * SECOND, "measured_ns": 2 * SECOND, "hidden_ns": SECOND, "tokens": 11, "rows": 88}
+    totals |= {
+        "busy_ns": 5 * SECOND,
+        "device_measured_ns": 2 * SECOND,
+        "device_hidden_ns": SECOND,
+        "tokens": 11,
+        "rows": 88,
+    }
     figures.update()
     figures.update()
     found = [value(registry, name + "_total") for name, *_ in metrics.COUNTERS]
@@ -40,7 +46,7 @@ def test_counters_follow_the_totals() -> None:
 
 def test_counters_never_fall() -> None:
     """The totals of a layer start again when its weights are replaced."""
-    totals = dict.fromkeys(("busy_ns", "measured_ns", "hidden_ns", "tokens"), 0) | {"rows": 50}
+    totals = dict.fromkeys(("busy_ns", "device_measured_ns", "device_hidden_ns", "tokens"), 0) | {"rows": 50}
     registry = prometheus_client.CollectorRegistry()
     figures = metrics.Metrics("AMXINT8", lambda: dict(totals), registry)
     for rows in (50, 0, 7):
@@ -50,16 +56,17 @@ def test_counters_never_fall() -> None:
 
 
 def test_totals_are_sums_over_layers() -> None:
-    def layer(device: bool, **counters: int) -> Any:
-        experts = SimpleNamespace(counters=lambda: {"tokens": 2, "rows": 8, "busy_ns": 100, **counters})
-        method = SimpleNamespace(wrapper=SimpleNamespace(moe=experts))
-        if device:
-            method.kt_device_experts = SimpleNamespace(counters=lambda: {"tokens": 2, "rows": 1, "busy_ns": 10})
-        return method
+    def experts(**counters: int) -> Any:
+        plain = {"tokens": 2, "rows": 8, "busy_ns": 100, "device_measured_ns": 0, "device_hidden_ns": 0}
+        return SimpleNamespace(counters=lambda: {**plain, **counters})
+
+    def layer(device: Any = None, **counters: int) -> Any:
+        return SimpleNamespace(wrapper=SimpleNamespace(moe=experts(**counters)), kt_device_experts=device)
 
     replaced = SimpleNamespace(wrapper=SimpleNamespace(moe=None))
-    found = metrics.totals([layer(False), layer(True), layer(False, measured_ns=50, hidden_ns=40), replaced])
-    assert found == {"busy_ns": 310, "measured_ns": 50, "hidden_ns": 40, "tokens": 6, "rows": 25}
+    measured = layer(device_measured_ns=50, device_hidden_ns=40)
+    found = metrics.totals([layer(), layer(experts(rows=1, busy_ns=10)), measured, replaced])
+    assert found == {"busy_ns": 310, "device_measured_ns": 50, "device_hidden_ns": 40, "tokens": 6, "rows": 25}
 
 
 def test_nothing_is_made_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,18 @@ NANOSECONDS = 1e-9
 # name, help text, key of the totals, factor
 COUNTERS = (
     ("kt_kernel_cpu_seconds", "Time the CPU computed experts.", "busy_ns", NANOSECONDS),
-    ("kt_kernel_measured_seconds", "Part of it whose overlap with the GPU was measured.", "measured_ns", NANOSECONDS),
-    ("kt_kernel_hidden_seconds", "Part of the measured time the GPU did not wait for.", "hidden_ns", NANOSECONDS),
+    (
+        "kt_kernel_measured_seconds",
+        "Part of it whose overlap with the GPU was measured.",
+        "device_measured_ns",
+        NANOSECONDS,
+    ),
+    (
+        "kt_kernel_hidden_seconds",
+        "Part of the measured time the GPU did not wait for.",
+        "device_hidden_ns",
+        NANOSECONDS,
+    ),
     ("kt_kernel_tokens", "Tokens that went through a layer with experts on the CPU, once per layer.", "tokens", 1.0),
     ("kt_kernel_rows", "Pairs of token and expert computed on the CPU.", "rows", 1.0),
 )
@@ -36,7 +46,7 @@ class Metrics:
     method : str
         Value of the label ``method``.
     read_totals : Callable
-        Returns ``{"busy_ns", "measured_ns", "hidden_ns", "tokens", "rows"}``, totals since start.
+        Returns ``{"busy_ns", "device_measured_ns", "device_hidden_ns", "tokens", "rows"}``, totals since start.
     registry : CollectorRegistry, optional
         Of a test; None: prometheus_client's own.
     """
@@ -60,8 +70,8 @@ class Metrics:
         for counter, key, factor in self._counters:
             counter.inc(max(0, totals[key] - self._last[key]) * factor)
             self._last[key] = totals[key]
-        if totals["measured_ns"]:
-            self._overlap.set(totals["hidden_ns"] / totals["measured_ns"])
+        if totals["device_measured_ns"]:
+            self._overlap.set(totals["device_hidden_ns"] / totals["device_measured_ns"])
 
     def run(self) -> None:
         """Update for as long as the process lives."""
@@ -105,13 +115,14 @@ def totals(methods: list[Any]) -> dict[str, int]:
     """
     from kt_kernel.integrations.sglang import report
 
-    result = dict.fromkeys(("busy_ns", "measured_ns", "hidden_ns", "tokens", "rows"), 0)
+    summed = ("rows", "busy_ns", "device_measured_ns", "device_hidden_ns")
+    result = dict.fromkeys((*summed, "tokens"), 0)
     for method in methods:
         if method.wrapper.moe is None:  # its weights are being replaced
             continue
         result["tokens"] += method.wrapper.moe.counters()["tokens"]
         for experts in report.all_experts(method):
             counters = experts.counters()
-            for key in ("rows", "busy_ns", "measured_ns", "hidden_ns"):
-                result[key] += counters.get(key, 0)
+            for key in summed:
+                result[key] += counters[key]
     return result
