@@ -481,6 +481,24 @@ def test_split_launches(changes: dict[str, Any], words: str | None) -> None:
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("by_command_line", "error"), [(True, SystemExit), (False, ValueError)])
+def test_what_sglang_resolves_to_is_refused_as_well(
+    monkeypatch: pytest.MonkeyPatch, by_command_line: bool, error: type[BaseException]
+) -> None:
+    """A runner that SGLang chose for the model; a command line ends with the sentence alone."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.arg_groups"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = ModuleType("sglang.srt.arg_groups.overrides")
+    module.resolved_view = lambda _args: split(moe_runner_backend="flashinfer_trtllm")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(checks, "_checked", by_command_line)
+    monkeypatch.setattr(checks, "check_flags", lambda _args: None)
+    monkeypatch.setattr(checks, "check_resolved", lambda _args, _source: None)
+    args = SimpleNamespace(**{**checks.FLAG_DEFAULTS, "kt_weight_path": "/experts"})
+    with pytest.raises(error, match="--moe-runner-backend flashinfer_trtllm keeps to itself"):
+        checks.check_server_args(None, args)
+
+
 def test_dp_attention_makes_larger_batches() -> None:
     args = SimpleNamespace(chunked_prefill_size=2048, max_prefill_tokens=1, dp_size=4, enable_dp_attention=True)
     assert checks.batch_tokens(args) == 8192
