@@ -1,19 +1,26 @@
 """Real servers with a location file: the model stays the same, and the hottest experts are where they should be.
 
-What the tool predicts, the share of (token, expert) pairs on the GPU for traffic it has not seen, is compared with what
-a server counts that uses the file, on other traffic of the same kind. Each half holds about 12,000 pairs a layer of
-correlated tokens; the two rates differ by one or two points by chance.
+What the tool predicts, the share of (token, expert) pairs on the GPU for traffic it has not seen, is compared with
+what a server counts that uses the file, on other traffic of the same kind. The prediction is measured on 30 pieces of
+text of 400 bytes, the achieved rate on 60 others. With half as many of half the length the two differed by up to 3.1
+points; a rate's scatter goes with the root of the bytes, so half of that is expected here.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
-import logging
+import logging.handlers
 import random
 import shutil
+import subprocess
+import tarfile
 import textwrap
+import threading
 import time
+import unittest.case
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +38,9 @@ from kt_kernel.placement.record import read_record
 pytestmark = pytest.mark.server
 
 MODEL = models.QWEN3_MOE_40
-NUM_GPU_EXPERTS = 10
-CHUNK = 200
+NUM_GPU_EXPERTS = 6  # of 40: where the hit rate is steep
+CHUNK = 400
+NUM_PIECES = 120  # every other one is recorded, the others are served
 MAX_DIFFERENCE = 0.03
 WORKLOADS = ("english", "code", "json")
 
@@ -47,20 +55,30 @@ def skewed_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
+def documentation() -> str:
+    """The docstrings of some modules of Python, each once."""
+    found: dict[str, None] = {}
+    for module in (argparse, logging, logging.handlers, subprocess, tarfile, threading, unittest.case, zipfile):
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == module.__name__:
+                members = [value, *(member for member in vars(value).values() if inspect.isfunction(member))]
+                found |= dict.fromkeys(filter(None, map(inspect.getdoc, members)))
+    return "\n".join(found)
+
+
 def workload(name: str) -> list[bytes]:
-    """64 pieces of text of one kind, in a fixed random order."""
+    """Different pieces of text of one kind, in a fixed random order."""
     if name == "code":
-        text = inspect.getsource(textwrap) + inspect.getsource(random)
+        text = "".join(map(inspect.getsource, (argparse, textwrap)))
     elif name == "english":
-        classes = [value for value in vars(logging).values() if inspect.isclass(value)]
-        functions = [value for value in vars(random.Random).values() if inspect.isfunction(value)]
-        text = "\n".join(filter(None, map(inspect.getdoc, [logging, *classes, *functions, json, inspect.getdoc])))
+        text = documentation()
     else:
         draw = random.Random(1)
-        rows = [{"id": draw.randrange(10**6), "x": draw.random(), "ok": draw.random() < 0.5} for _ in range(400)]
+        rows = [{"id": draw.randrange(10**6), "x": draw.random(), "ok": draw.random() < 0.5} for _ in range(1200)]
         text = json.dumps(rows)
-    data = text.encode("ascii", "replace") * 3
-    pieces = [data[start : start + CHUNK] for start in range(0, 64 * CHUNK, CHUNK)]
+    data = text.encode("ascii", "replace")
+    pieces = [data[start : start + CHUNK] for start in range(0, NUM_PIECES * CHUNK, CHUNK)]
+    assert len(pieces[-1]) == CHUNK, "too little text"
     random.Random(2).shuffle(pieces)
     return pieces
 
@@ -97,6 +115,8 @@ class Prepared:
 
 
 def flags(model: Path, *more: str) -> list[str]:
+    # with overlap the scheduler has begun the next token when it sees that a request is done, and counts it
+    more = ("--disable-overlap-schedule", *more)
     return ["--kt-weight-path", str(model), "--kt-method", "BF16", *WITHOUT_CACHE, *more]
 
 
