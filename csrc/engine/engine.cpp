@@ -90,15 +90,23 @@ void EngineLayer::run(const MoeInput& input) {
     if (leaves) now.skip = split_.skip_now.data();
   }
   layer.forward(now);
-  if (leaves) {
-    left_ = input;
-    left_->skip = split_.skip_deferred.data();
-  }
+  if (leaves) leave(input);
+}
+
+void EngineLayer::leave(const MoeInput& input) {
+  const size_t num_ids = static_cast<size_t>(input.num_tokens) * input.top_k;
+  const auto* const ids = static_cast<const uint8_t*>(input.topk_ids);
+  left_ids_.assign(ids, ids + num_ids * dtype_bits(input.id_dtype) / 8);
+  left_weights_.assign(input.topk_weights, input.topk_weights + num_ids);
+  left_ = input;
+  left_->topk_ids = left_ids_.data();
+  left_->topk_weights = left_weights_.data();
+  left_->skip = split_.skip_deferred.data();
 }
 
 bool EngineLayer::run_deferred(const MoeInput& input) {
   if (!left_.has_value() || left_->hidden_states != input.hidden_states ||
-      left_->topk_ids != input.topk_ids || left_->num_tokens != input.num_tokens) {
+      left_->num_tokens != input.num_tokens) {
     return false;
   }
   std::exception_ptr error;

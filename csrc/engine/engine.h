@@ -73,8 +73,11 @@ class Engine {
 //
 // Threads  run() and run_deferred() inside jobs of the engine's stream; the rest from any.
 // Lifetime  input's arrays stay whole until run_deferred() has returned; output is final, and may
-// change, from the return of run(). The destructor waits for what submit() queued and for jobs of
-// devices, so the last owner is never a job of the stream.
+// change, from the return of run(). A device that overwrites the arrays for another pass, because
+// this one was given up, spoils the share, which no pass takes then, and nothing else:
+// run_deferred() reads of them the hidden states only, ids and weights were copied. The destructor
+// waits for what submit() queued and for jobs of devices, so the last owner is never a job of the
+// stream.
 class EngineLayer {
  public:
   EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config);
@@ -102,11 +105,15 @@ class EngineLayer {
   MoeLayer layer;
 
  private:
+  void leave(const MoeInput& input);
+
   std::shared_ptr<LayerChain> chain_;  // may be null
   std::atomic<int> chain_position_{0};
   std::atomic<int> max_deferred_{0};
   DeferralSplit split_;
-  std::optional<MoeInput> left_;  // what run() left for run_deferred()
+  std::optional<MoeInput> left_;     // what run() left for run_deferred(), with copies of
+  std::vector<uint8_t> left_ids_;    // ids and
+  std::vector<float> left_weights_;  // weights
   std::atomic<uint64_t> last_deferred_ticket_{0};
 };
 

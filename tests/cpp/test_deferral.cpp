@@ -399,6 +399,23 @@ TEST(Deferral, ForgetsAForwardWhoseSecondHalfNeverCame) {
   EXPECT_TRUE(second);
 }
 
+// What a device may do to its buffers when a pass was given up.
+TEST(Deferral, IdsMayChangeBetweenTheParts) {
+  Model model(1);
+  Batch batch = random_batch(2, 1);
+  Batch wanted = random_batch(2, 2);
+  const Parts first = parts_of(*Model(1, 0).layers[0], batch, 2);
+  model.engine->run([&] {
+    model.layers[0]->run(batch.input());
+    std::fill(batch.ids.begin(), batch.ids.end(), int64_t{1} << 30);
+    std::fill(batch.weights.begin(), batch.weights.end(), 1e30f);
+    EXPECT_TRUE(model.layers[0]->run_deferred(batch.input()));
+  });
+  const Parts second = parts_of(*Model(1, 0).layers[1], wanted, 2);
+  model.forward(1, wanted);
+  expect_sum(wanted.output, second.now, first.deferred);
+}
+
 TEST(Deferral, RefusesInTheFirstPartWhatTheSecondCannotCompute) {
   Model model(1);
   MoeConfig config = model.layers[0]->layer.config();
