@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import deferring_model
 import hub
 import models
 import pytest
 import server
 from test_server import (
+    TEXTS,
     TOLERANCE,
     WITHOUT_CACHE,
     Oracle,
@@ -249,13 +251,15 @@ def test_pasted_line(oracle: Oracle) -> None:
     with server.serve(folder, flags, log_path=log_path, max_total_tokens=None) as running:
         log = running.log
         assert "2/2 MoE layers, 16 experts on CPU + 64 on GPU (no GPU here: computed on the CPU in bf16)" in log
-        assert "--kt-max-deferred-experts-per-token 2 is not used" in log
         pool = re.search(r"KV pool of (\d+) tokens, set by context length (\d+) x (\d+) running requests", log)
         assert pool and int(pool[1]) == int(pool[2]) * int(pool[3])
         assert "--mem-fraction-static 0.92 of a quarter of" in log
         found = teacher_forced(running)
-    # four fifths of the experts are bf16, the rest int8
-    check_same(found, oracle.logprobs["AMXINT8"], TOLERANCE["AMXINT8"])
+        assert "deferral: of 4 experts a token, up to 2 are added one MoE layer later" in running.log
+    # four fifths of the experts are bf16, the rest int8 and, where a text leaves any, deferred
+    deferring = deferring_model.load(folder, method="AMXINT8", on_gpu=32, deferred=2)
+    expected = [value for text in TEXTS for value in deferring_model.logprobs(deferring, text)]
+    check_same(found, expected, TOLERANCE["AMXINT8"])
 
 
 class _BrokenProxy(BaseHTTPRequestHandler):
