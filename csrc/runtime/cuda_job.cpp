@@ -85,12 +85,11 @@ DeviceJob& DeviceJobs::add(Slot& slot, DeviceWork work, bool captured) {
 
 DeviceJob& DeviceJobs::find(uint32_t id, uint64_t serial) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  KT_CHECK(id >= 1 && id <= jobs_.size() && jobs_[id - 1]->used &&
-               jobs_[id - 1]->serial == serial && !jobs_[id - 1]->synced,
+  DeviceJob* const job = id >= 1 && id <= jobs_.size() ? jobs_[id - 1].get() : nullptr;
+  KT_CHECK(job != nullptr && job->used && job->serial == serial && !job->synced && !job->abandoned,
            "device job " << serial
-                         << " is not outstanding: it was synced already, or its layer was "
-                         << "closed.");
-  return *jobs_[id - 1];
+                         << " is not outstanding: it was synced already, or its layer was closed.");
+  return *job;
 }
 
 void DeviceJobs::set_synced(DeviceJob& job) {
@@ -346,8 +345,9 @@ void DeviceJobs::execute(DeviceJob& job) {
     return false;
   };
   const bool ran = begin(job) && attempt(job.work.run);
-  // the device adds this to its own share: zeros until Python learns of the error
-  if (!ran) std::memset(job.buffers.output, 0, job.output_bytes);
+  // the device adds this to its own share: zeros until Python learns of the error; after a stuck wait
+  // it may be copying already
+  if (!ran && !poisoned_.load()) std::memset(job.buffers.output, 0, job.output_bytes);
   end(job);
   if (ran && job.work.run_deferred) attempt(job.work.run_deferred);
   {

@@ -104,16 +104,16 @@ DeviceSync::~DeviceSync() {
     while (!graphs && !(free = drained()) && std::chrono::steady_clock::now() < deadline) {
       std::this_thread::sleep_for(milliseconds(1));
     }
-    if (way() == SignalWay::kDoorbell) stream_.detach(*jobs_);
+    leave_cpu_stream();
     if (free) {
+      jobs_.reset();  // its monitor reads the slots
       arenas_.clear();
       driver_.event_destroy(order_event_);
-      jobs_.reset();
       return;
     }
   } catch (const Error&) {
     // the context is broken: nothing in it can be freed, and no stream of it comes on
-    if (way() == SignalWay::kDoorbell) stream_.detach(*jobs_);
+    leave_cpu_stream();
   }
   // A graph or a stream may still write these words and call these functions.
   jobs_->take_over();
@@ -121,6 +121,15 @@ DeviceSync::~DeviceSync() {
   leftovers().jobs.push_back(std::move(jobs_));
   leftovers().contexts.push_back(std::move(context_));
   for (std::unique_ptr<Arena>& arena : arenas_) leftovers().arenas.push_back(std::move(arena));
+}
+
+// After close(): behind the last job that touches what goes now.
+void DeviceSync::leave_cpu_stream() {
+  if (way() == SignalWay::kDoorbell) {
+    stream_.detach(*jobs_);
+  } else {
+    stream_.wait(stream_.submit([] {}));
+  }
 }
 
 // With the context current. Whether no stream refers to anything here; throws if the context is

@@ -134,6 +134,7 @@ class DeviceSync {
   void enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current);
   bool is_capturing(CuStream stream, CuStream current);
   bool drained();
+  void leave_cpu_stream();
 
   CpuStream& stream_;
   const CudaDriver& driver_;

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <memory>
@@ -144,12 +145,12 @@ class StreamModel {
     KT_CHECK(fake_cuda_launch(stream, call, bodies_.back().get()) == 0, "a kernel was refused.");
   }
 
-  std::vector<uint8_t> mask;        // experts elsewhere; read by each job when it runs
-  int pass = 0;                     // read by the first kernel of a pass
-  int fail_layer = -1;              // the job of this layer throws
-  int cpu_delay_us = 0;             // of each part of a job
-  std::function<void(int)> on_job;  // called in each job, with its layer
-  std::function<void()> on_done;    // called when a job has written its output
+  std::vector<uint8_t> mask;         // experts elsewhere; read by each job when it runs
+  int pass = 0;                      // read by the first kernel of a pass
+  int fail_layer = -1;               // the job of this layer throws
+  std::atomic<int> cpu_delay_us{0};  // of each part of a job
+  std::function<void(int)> on_job;   // called in each job, with its layer
+  std::function<void()> on_done;     // called when a job has written its output
 
  private:
   void begin(int tokens) {
@@ -222,7 +223,8 @@ class StreamModel {
       }
       if (on_done) on_done();
     };
-    if (!sizes_.defers) return work;
+    // the last layer has no successor
+    if (!sizes_.defers || layer + 1 == sizes_.num_layers) return work;
     work.run_deferred = [this, tokens](const HostBuffers& buffers) {
       delay();
       const auto* const x = static_cast<const float*>(buffers.hidden_states);

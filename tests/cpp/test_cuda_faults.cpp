@@ -51,15 +51,17 @@ class PlantedFault : public StreamTest {
     ASSERT_EQ(real().event_create(&plant.event, kCuEventDisableTiming), kCuSuccess);
   }
 
-  // "right", or what is wrong with passes of a model whose jobs go through this driver.
-  std::string outcome(const CudaDriver& driver, SignalWay way, bool graphs) {
+  // "right", or what is wrong with passes of a model whose jobs go through this driver. The limit is
+  // short where a fault may leave the device waiting.
+  std::string outcome(const CudaDriver& driver, SignalWay way, bool graphs,
+                      int64_t timeout_ms = 300) {
     std::string text = "right";
     StreamModel& model = this->model({.num_layers = 3, .defers = true});
     model.cpu_delay_us = 300;
     if (plant.completed != nullptr) model.on_done = [] { plant.completed->fetch_add(1); };
     DeviceSyncOptions options = this->options(way);
     options.driver = &driver;
-    options.timeout_ms = 200;
+    options.timeout_ms = timeout_ms;
     try {
       DeviceSync sync(cpu_, 0, options);
       CuGraphExec graph = nullptr;
@@ -91,16 +93,21 @@ class PlantedFault : public StreamTest {
   }
 };
 
+constexpr int64_t kPatientMs = 60'000;
 constexpr SignalWay kBothWays[] = {SignalWay::kDoorbell, SignalWay::kHostFunction};
 
 TEST_F(PlantedFault, WithoutOneEverythingIsRight) {
   const CudaDriver driver = watched();
   for (const SignalWay way : kBothWays) {
-    for (const bool graphs : {false, true}) EXPECT_EQ(outcome(driver, way, graphs), "right");
+    for (const bool graphs : {false, true}) {
+      EXPECT_EQ(outcome(driver, way, graphs, kPatientMs), "right");
+    }
   }
   fake_cuda_set_shared_channel(1);
   for (const SignalWay way : kBothWays) {
-    for (const bool graphs : {false, true}) EXPECT_EQ(outcome(driver, way, graphs), "right");
+    for (const bool graphs : {false, true}) {
+      EXPECT_EQ(outcome(driver, way, graphs, kPatientMs), "right");
+    }
   }
 }
 
@@ -156,7 +163,9 @@ TEST_F(PlantedFault, IdsThatAreNotCopiedGiveWrongOutput) {
     return real().memcpy_dtoh_async(to, from, bytes, stream);
   };
   for (const SignalWay way : kBothWays) {
-    for (const bool graphs : {false, true}) EXPECT_EQ(outcome(driver, way, graphs), "wrong output");
+    for (const bool graphs : {false, true}) {
+      EXPECT_EQ(outcome(driver, way, graphs, kPatientMs), "wrong output");
+    }
   }
 }
 
@@ -190,7 +199,8 @@ TEST_F(PlantedFault, ASequenceNumberInAGraphGivesWrongOutput) {
   for (const bool graphs : {false, true}) {
     plant.completed = new (memory) std::atomic<uint32_t>(0);
     plant.num_waits = 0;
-    EXPECT_EQ(outcome(driver, SignalWay::kDoorbell, graphs), graphs ? "wrong output" : "right");
+    EXPECT_EQ(outcome(driver, SignalWay::kDoorbell, graphs, kPatientMs),
+              graphs ? "wrong output" : "right");
   }
 }
 
@@ -227,11 +237,11 @@ TEST_F(PlantedFault, AWaitBeforeTheCopyIsStuckOnASharedChannel) {
     plant.held.clear();
     return result;
   };
-  const auto run = [&](const CudaDriver& with) {
+  const auto run = [&](const CudaDriver& with, int64_t timeout_ms) {
     StreamModel& model = this->model();
     DeviceSyncOptions options = this->options(SignalWay::kDoorbell);
     options.driver = &with;
-    options.timeout_ms = 200;
+    options.timeout_ms = timeout_ms;
     return error_text([&] {
       DeviceSync sync(cpu_, 0, options);
       std::vector<float> result(8 * model.sizes().hidden_size);
@@ -243,13 +253,13 @@ TEST_F(PlantedFault, AWaitBeforeTheCopyIsStuckOnASharedChannel) {
       KT_CHECK(result == model.expected_share(0, 8, 0), "wrong output");
     });
   };
-  EXPECT_EQ(run(driver), "");
+  EXPECT_EQ(run(driver, kPatientMs), "");
   start_device();
   ASSERT_EQ(real().stream_create(&plant.other, 1), kCuSuccess);
   ASSERT_EQ(real().event_create(&plant.event, kCuEventDisableTiming), kCuSuccess);
   fake_cuda_set_shared_channel(1);
-  EXPECT_EQ(run(real()), "");
-  EXPECT_NE(run(driver).find("KT_SYNC_TIMEOUT"), std::string::npos);
+  EXPECT_EQ(run(real(), kPatientMs), "");
+  EXPECT_NE(run(driver, 300).find("KT_SYNC_TIMEOUT"), std::string::npos);
 }
 
 // The function that queues the job is not called, the one that waits for it is.

@@ -209,7 +209,7 @@ TEST_P(CudaSync, AFailingJobInAReplayIsAnErrorAndNoHang) {
 TEST_P(CudaSync, AStuckWaitIsLetGoByTheMonitor) {
   StreamModel& model = this->model();
   DeviceSyncOptions options = this->options();
-  options.timeout_ms = 60;
+  options.timeout_ms = 400;
   DeviceSync sync(cpu_, 0, options);
   const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
   launch(graph);
@@ -225,7 +225,9 @@ TEST_P(CudaSync, AStuckWaitIsLetGoByTheMonitor) {
   EXPECT_NE(error.find("KT_SYNC_TIMEOUT"), std::string::npos) << error;
   EXPECT_NE(error.find("layer 0"), std::string::npos) << error;
   EXPECT_EQ(error_text([&] { sync.check(); }), error) << "poisoned for good";
+  // the device has gone on: what this job reads may change under it
   open = true;
+  cpu_.wait(cpu_.submit([] {}));
   launch(graph);
   ASSERT_EQ(drain(), kCuSuccess) << "a poisoned table answers";
 }
@@ -233,9 +235,9 @@ TEST_P(CudaSync, AStuckWaitIsLetGoByTheMonitor) {
 TEST_P(CudaSync, ALongPauseBetweenLaunchesIsNoStuckWait) {
   StreamModel& model = this->model({.num_layers = 1});
   DeviceSyncOptions options = this->options();
-  options.timeout_ms = 80;
+  options.timeout_ms = 400;
   DeviceSync sync(cpu_, 0, options);
-  model.cpu_delay_us = 15'000;
+  model.cpu_delay_us = 40'000;
   const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
   // the device waits nearly all the time, each time for the same job
   for (int i = 0; i < 15; ++i) launch(graph);
@@ -365,25 +367,25 @@ TEST_P(CudaSync, OverlapIsWhatTheDeviceDoesNotWaitFor) {
     fake_cuda_set_delays(0, 0);
     StreamModel& model = this->model({.num_layers = 1});
     DeviceSync sync(cpu_, 0, options());
-    model.cpu_delay_us = 20'000;
+    model.cpu_delay_us = 40'000;
     std::vector<float> result(48);
-    for (int i = 0; i < 9; ++i) {
+    for (int i = 0; i < 3; ++i) {
       const DeviceTicket ticket = model.submit(sync, 8, 0, streams_[0], streams_[0]);
       if (hidden) {
-        model.kernel(streams_[0], [] { std::this_thread::sleep_for(milliseconds(60)); });
+        model.kernel(streams_[0], [] { std::this_thread::sleep_for(milliseconds(200)); });
       }
       sync.sync(ticket, result.data(), streams_[0], streams_[0]);
     }
     ASSERT_EQ(drain(), kCuSuccess);
     const DeviceTimes& times = sync.times(&model);
-    EXPECT_EQ(times.jobs, 9u);
-    EXPECT_GE(times.cpu_ns, 9u * 20'000'000u);
+    EXPECT_EQ(times.jobs, 3u);
+    EXPECT_GE(times.cpu_ns, 3u * 40'000'000u);
     ASSERT_GT(times.measured_ns, 0u);
     const double overlap = static_cast<double>(times.hidden_ns) / times.measured_ns;
     if (hidden) {
       EXPECT_GT(overlap, 0.9);
     } else {
-      EXPECT_LT(overlap, 0.5);
+      EXPECT_LT(overlap, 0.8);
     }
   }
 }
