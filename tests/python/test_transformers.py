@@ -244,30 +244,50 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "How do I boil an egg?")
+NUM_TOKENS = 14
 
 
-def greedy(model, prompts: list[torch.Tensor], num_tokens: int) -> list[list[int]]:
-    answers = []
-    for prompt in prompts:
-        answer = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
-        )
-        answers.append(answer[0, prompt.shape[1] :].tolist())
-    return answers
+def greedy(model, prompt: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """The answer, and for each of its tokens the logits' lead over the second best."""
+    made = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.cat(made.logits).topk(2).values
+    return made.sequences[0, prompt.shape[1] :].tolist(), best[:, 0] - best[:, 1]
 
 
 def test_the_demo_model_gives_the_same_tokens(demo_model: Path) -> None:
-    """Greedy decoding with its own experts and with ours, in fp32: the rest of the model is the same arithmetic."""
+    """Greedy answers with its own experts and with ours, in fp32, where the rest of the model is the same arithmetic.
+
+    A lead below 1/16 is a tie: it is half the spacing of bf16 at the model's best logits (16 to 32), so the model as it
+    is published may order such tokens either way. Answers are compared up to the first tie.
+    """
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
         for chat in chats
     ]
-    wanted = greedy(load(demo_model, "eager"), prompts, 24)
+    plain = load(demo_model, "eager")
+    wanted = [greedy(plain, prompt) for prompt in prompts]
+    del plain
     model = load(demo_model)
-    assert greedy(model, prompts, 24) == wanted
-    assert "Paris" in tokenizer.decode(wanted[0])
+    compared = 0
+    num_rows = 0
+    for prompt, (answer, leads) in zip(prompts, wanted, strict=True):
+        found, _ = greedy(model, prompt)
+        ties = (leads < 0.0625).nonzero().flatten().tolist()
+        certain = ties[0] if ties else len(answer)
+        assert found[:certain] == answer[:certain]
+        compared += certain
+        num_rows += 2 * (prompt.numel() + len(found) - 1)
+    assert "Paris" in tokenizer.decode(wanted[0][0])
+    assert compared >= 20, "too few tokens without a tie for the test to mean something"
     layers = [getattr(module, kt_transformers._ATTRIBUTE) for module in experts_of(model)]
-    tokens = sum(prompt.numel() + len(answer) - 1 for prompt, answer in zip(prompts, wanted, strict=True))
-    assert [layer.wrapper.moe.counters()["rows"] for layer in layers] == [2 * tokens] * len(layers)
+    assert [layer.wrapper.moe.counters()["rows"] for layer in layers] == [num_rows] * len(layers)
