@@ -27,16 +27,28 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
 from kt_kernel import _ext
 
-if TYPE_CHECKING:
-    from kt_kernel.wrapper import KTMoEWrapper
-
 logger = logging.getLogger("kt_kernel")
+
+
+class Member(Protocol):
+    """What a chain reads of its layers, which are ``KTMoEWrapper`` objects."""
+
+    layer_idx: int
+    weight_path: str | None
+    method: str
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    moe_intermediate_size: int
+    max_deferred_experts_per_token: int
+    moe: Any  # CpuExperts, None without weights
+    cpu_infer: Any
 
 
 class LayerChain:
@@ -45,15 +57,15 @@ class LayerChain:
     def __init__(self) -> None:
         self.linked = False
         self._begun = False
-        self._members: list[weakref.ref[KTMoEWrapper]] = []
+        self._members: list[weakref.ref[Member]] = []
         self._last_idx = -1
         self._announced = False
 
-    def takes(self, wrapper: KTMoEWrapper) -> bool:
+    def takes(self, wrapper: Member) -> bool:
         """Whether `wrapper` may be the next layer of this model."""
         return not self._begun and wrapper.layer_idx > self._last_idx
 
-    def add(self, wrapper: KTMoEWrapper) -> None:
+    def add(self, wrapper: Member) -> None:
         """Append the next layer of the model."""
         self._members.append(weakref.ref(wrapper, self._forget))
         self._last_idx = wrapper.layer_idx
@@ -88,7 +100,7 @@ class LayerChain:
     def _forget(self, _member: object) -> None:
         self.linked = False
 
-    def _announce(self, wrapper: KTMoEWrapper, num_layers: int, limit: int) -> None:
+    def _announce(self, wrapper: Member, num_layers: int, limit: int) -> None:
         if self._announced:
             return
         self._announced = True
@@ -119,7 +131,7 @@ def one_model() -> Iterator[None]:
         _given.reset(token)
 
 
-def join(wrapper: KTMoEWrapper) -> LayerChain:
+def join(wrapper: Member) -> LayerChain:
     """Return the chain of the model that a newly made wrapper belongs to, with the wrapper in it."""
     with _lock:
         chain = _given.get()
