@@ -114,11 +114,11 @@ if [[ -z $double ]]; then
   fi
   step "machine" "$python" -m kt_kernel.collect_env
   commit=$(git rev-parse --short HEAD 2>/dev/null || cat .gpu/commit)
-  "$python" tests/gpu/report.py "$folder" "$commit" >"$folder/gpu-results.md"
-  cp "$folder/gpu-results.md" docs/gpu-results.md
+  "$python" tests/gpu/report.py "$folder" "$commit" >"$folder/page"
+  cp "$folder/page" docs/gpu-results.md
   if [[ -n ${OUT:-} ]]; then
     tar -C "$folder" --exclude build -czf "$OUT/logs.tar.gz" .
-    cp "$folder/gpu-results.md" "$OUT/"
+    cp docs/gpu-results.md "$OUT/"
   fi
 fi
 exit "$failed"

@@ -1,5 +1,5 @@
 // A toy MoE model whose streams are the test double's: kernels make inputs, DeviceSync computes the
-// CPU's share, kernels spoil the inputs and add the result. What a pass must give is computed beside.
+// CPU's share, kernels spoil the inputs and add the result. What a pass must give: computed beside.
 #pragma once
 
 #include <gtest/gtest.h>

@@ -55,7 +55,7 @@ FAKE_CUDA_API uint64_t fake_cuda_pending(void);
 /* Live bytes of cuMemHostAlloc. */
 FAKE_CUDA_API uint64_t fake_cuda_host_bytes(void);
 
-/* Failures. The nth call from now (1 = the next) of a function, named as exported, returns `error`. */
+/* Failures. The nth call from now (1 = the next) of a function, named as exported, gives `error`. */
 FAKE_CUDA_API void fake_cuda_fail_call(const char* function, int nth, int error);
 /* From now on every call fails with `error`; nothing enqueued runs, no host function is called. */
 FAKE_CUDA_API void fake_cuda_fail_context(int error);

@@ -26,7 +26,8 @@ def serve_hub(model_id: str, folder: Path) -> Iterator[str]:
                 entries = sorted(folder.iterdir())
                 answer: object = {"id": model_id, "sha": COMMIT, "siblings": [{"rfilename": e.name} for e in entries]}
                 if f"{model_id}/tree/" in path:
-                    answer = [{"type": "file", "path": e.name, "size": e.stat().st_size, "oid": COMMIT} for e in entries]
+                    sizes = [(entry.name, entry.stat().st_size) for entry in entries]
+                    answer = [{"type": "file", "path": path, "size": size, "oid": COMMIT} for path, size in sizes]
                 self._answer(json.dumps(answer).encode(), with_body)
                 return
             file = folder / path.rsplit("/", 1)[-1]

@@ -57,7 +57,7 @@ def select_platform() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what SGLang's processes inherit on a host without a GPU: our platform, and torch threads that sleep when idle.
+    """Set what SGLang's processes inherit on a host without a GPU: our platform, torch threads that sleep when idle.
 
     Torch's OpenMP threads spin after each parallel region by default, and would take the cores from the workers of
     our pool, which runs between them on the same cores. Values the user set are kept; a host with a device that torch

@@ -14,9 +14,8 @@ DEFAULT_MEM_FRACTION = 0.9  # of the pool's share, see kv_pool.py; SGLang's heur
 class KtCpuPlatform(SRTPlatform):
     """Answers of the host to SGLang's questions about its device.
 
-    Selected with ``SGLANG_PLATFORM=kt_cpu``, which ``kt_kernel.integrations.sglang.prepare_environment`` sets where there
-    is no device.
-    Methods without a docstring are described in SGLang's ``SRTPlatform``.
+    Selected with ``SGLANG_PLATFORM=kt_cpu``, which ``prepare_environment`` of this package sets where there is no
+    device. Methods without a docstring are described in SGLang's ``SRTPlatform``.
     """
 
     _enum = PlatformEnum.OOT
