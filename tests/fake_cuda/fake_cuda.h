@@ -1,16 +1,16 @@
-/* Control of libfake_cuda.so, a test double of the CUDA driver with real asynchrony. Not part of any
- * wheel. Plain C, so that ctypes can call it; streams are the driver's handles.
+/* Control of libfake_cuda.so, a test double of the CUDA driver with real asynchrony. Not part of
+ * any wheel. Plain C, so that ctypes can call it; streams are the driver's handles.
  *
  * What the double is
  *   stream         a thread that runs its operations in order; "device memory" is host memory
  *   event          a point in a stream; cuStreamWaitEvent orders streams by it
- *   graph          nodes with the edges that capture found, their arguments constants; a launch runs
- *                  independent chains on threads of their own; launches of one graph follow each
- *                  other
+ *   graph          nodes with the edges that capture found, their arguments constants; a launch
+ *                  runs independent chains on threads of their own; launches of one graph follow
+ *                  each other
  *   host function  called on the one callback thread of the device, in the order they become due;
  *                  calling the driver inside is refused (800) and reported
- *   wait value     polls the word (acquire) and lets the stream go on at once; write value stores it
- *                  (release) after all earlier writes of its stream
+ *   wait value     polls the word (acquire) and lets the stream go on at once; write value stores
+ *                  it (release) after all earlier writes of its stream
  *   capture        as the driver: an unsafe call (host or device allocation and free, event query)
  *                  while a capture in GLOBAL mode runs fails with 900 and invalidates the capture
  * What it is not: the null stream is a stream like the others (no implicit order), child graphs are
@@ -55,7 +55,7 @@ FAKE_CUDA_API uint64_t fake_cuda_pending(void);
 /* Live bytes of cuMemHostAlloc. */
 FAKE_CUDA_API uint64_t fake_cuda_host_bytes(void);
 
-/* Failures. The nth call from now (1 = the next) of a function, named as exported, gives `error`. */
+/* Failures. The nth call from now (1: the next) of a function, named as exported, gives `error`. */
 FAKE_CUDA_API void fake_cuda_fail_call(const char* function, int nth, int error);
 /* From now on every call fails with `error`; nothing enqueued runs, no host function is called. */
 FAKE_CUDA_API void fake_cuda_fail_context(int error);
@@ -75,9 +75,9 @@ FAKE_CUDA_API void fake_cuda_set_shared_channel(int enabled);
  * copy starts (other than such a copy), when the host synchronizes with it, or after 20 ms. */
 FAKE_CUDA_API void fake_cuda_set_store_buffer(int enabled);
 
-/* Operations are there, none has ended for this long, none is a running kernel, no stream is paused:
- * a deadlock. It is reported with what each stream waits for, and the context fails with 702, so
- * that nothing hangs. Default 30000; 0: never. */
+/* Operations are there, none has ended for this long, none is a kernel at work, no stream is
+ * paused: a deadlock. It is reported with what each stream waits for, and the context fails with 702,
+ * so that nothing hangs. Default 30000; 0: never. */
 FAKE_CUDA_API void fake_cuda_set_deadlock_timeout(int milliseconds);
 FAKE_CUDA_API int fake_cuda_deadlocked(void);
 
