@@ -22,11 +22,12 @@ struct DeferralSplit {
 // protects is computed now, for all tokens; the others are deferred.
 //
 //   protected_k = clamp(top_k - max_deferred, 0, top_k)
-//   now         = experts of { ids[t, s] : rank of weights[t, s] among the slots of t < protected_k }
+//   now         = experts of { ids[t, s] : rank of weights[t, s] among t's slots < protected_k }
 //
 // A slot of -1 is no expert: it takes no place and is never computed. An expert in `skip` (on the
 // GPU) takes its place like any other, as in kt-kernel, so max_deferred bounds what a token misses
-// in its own layer whatever the placement. Ids out of range are left to route(), which refuses them.
+// in its own layer whatever the placement. Ids out of range are left to route(), which refuses
+// them.
 //
 // Shapes  as route(): topk_ids, topk_weights [num_tokens, top_k]; skip [num_experts] or null.
 // Memory  `split` is overwritten and keeps its capacity.

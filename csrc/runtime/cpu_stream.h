@@ -7,7 +7,8 @@
 
 namespace kt {
 
-// Jobs that arrive otherwise than by CpuStream::submit(): a device rings for them by writing memory.
+// Jobs that arrive otherwise than by CpuStream::submit(): a device rings for them by writing
+// memory.
 class PolledWork {
  public:
   virtual ~PolledWork() = default;

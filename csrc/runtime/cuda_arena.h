@@ -83,8 +83,8 @@ class Arena {
   const std::vector<std::unique_ptr<Slot>>& slots() const { return slots_; }
 
   // The slot for a job of the layer at `position` in its chain: neighbours get different ones, and
-  // so does a layer that follows itself, because the deferred part of a job reads its slot until the
-  // next job begins. Held slots are left alone. The second value: it was made now.
+  // so does a layer that follows itself, because the deferred part of a job reads its slot until
+  // the next job begins. Held slots are left alone. The second value: it was made now.
   // Errors  kt::Error: no memory.
   std::pair<Slot*, bool> acquire(int position);
 

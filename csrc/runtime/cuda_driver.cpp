@@ -12,7 +12,8 @@ namespace {
 constexpr char kDriverVariable[] = "KT_CUDA_DRIVER";
 constexpr char kDriverLibrary[] = "libcuda.so.1";
 
-// The newest interface that is asked for: 11.7 made the stream memory operations what they are (v2).
+// The newest interface that is asked for: 11.7 made the stream memory operations what they are
+// (v2).
 constexpr int kInterface = 11070;
 
 using GetProcV2 = CuResult (*)(const char*, void**, int, uint64_t, int*);

@@ -1,5 +1,6 @@
-// The few entry points of the CUDA driver that the library uses, found at run time: one build serves
-// hosts with and without CUDA, and no CUDA header is needed. Knows no protocol (cuda_sync.h does).
+// The few entry points of the CUDA driver that the library uses, found at run time: one build
+// serves hosts with and without CUDA, and no CUDA header is needed. Knows no protocol (cuda_sync.h
+// does).
 #pragma once
 
 #include <cstddef>

@@ -239,7 +239,8 @@ bool DeviceJobs::ready() {
   return false;
 }
 
-// Of several jobs that are rung for, the one that was submitted first: the device rang for it first.
+// Of several jobs that are rung for, the one that was submitted first: the device rang for it
+// first.
 void DeviceJobs::run() {
   DeviceJob* job = nullptr;
   uint32_t unknown = 0;
@@ -345,8 +346,8 @@ void DeviceJobs::execute(DeviceJob& job) {
     return false;
   };
   const bool ran = begin(job) && attempt(job.work.run);
-  // the device adds this to its own share: zeros until Python learns of the error; after a stuck wait
-  // it may be copying already
+  // the device adds this to its own share: zeros until Python learns of the error; after a stuck
+  // wait it may be copying already
   if (!ran && !poisoned_.load()) std::memset(job.buffers.output, 0, job.output_bytes);
   end(job);
   if (ran && job.work.run_deferred) attempt(job.work.run_deferred);

@@ -80,8 +80,8 @@ struct DeviceJob {
 // Threads   ready(), run(): the CPU stream's. push(), wait(), wake(): the driver's callback thread.
 //           The rest: any thread.
 // Locks     the mutex is held for a few instructions only, never while CUDA is called or work runs.
-// Lifetime  a graph or stream that was not drained may still refer to it: then it is never destroyed
-//           (see DeviceSync).
+// Lifetime  a graph or stream that was not drained may still refer to it: then it is never
+//           destroyed (see DeviceSync).
 class DeviceJobs : public PolledWork {
  public:
   // timeout_ms: how long the device may wait for one job; 0: for ever.

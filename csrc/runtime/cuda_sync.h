@@ -1,5 +1,6 @@
 // A device's stream asks the CPU for experts and waits for them, in the order of the stream: copies
-// out, a signal, a wait, a copy back. All of it can be captured into graphs. Knows no MoE, no Torch.
+// out, a signal, a wait, a copy back. All of it can be captured into graphs. Knows no MoE, no
+// Torch.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 
 namespace kt {
 
-// Memory map. A slot is one piece of pinned host memory (cuMemHostAlloc, PORTABLE | DEVICEMAP), made
-// once for the largest batch; it serves one outstanding job.
+// Memory map. A slot is one piece of pinned host memory (cuMemHostAlloc, PORTABLE | DEVICEMAP),
+// made once for the largest batch; it serves one outstanding job.
 //
 //   line  word     written by                      read, waited for by
 //   0     req      device: job id; CPU: 0          CPU stream's thread, polling
@@ -33,21 +34,21 @@ namespace kt {
 //            write done = 0, arrived = 0
 //            copy output -> result
 //
-// With host functions the write of req is a function that queues the job, and the four words of sync
-// are a function that blocks until the job is done. The device rings at most once for a job before
-// it waits for it, so a job runs once for each pass of the stream over its submit.
+// With host functions the write of req is a function that queues the job, and the four words of
+// sync are a function that blocks until the job is done. The device rings at most once for a job
+// before it waits for it, so a job runs once for each pass of the stream over its submit.
 //
-// Constants only. A graph replays the same values for ever: an id names a job for its life, and both
-// words are back at 0 when a pass is through. Nothing of a pass (slot, number of rows, layer) is
-// read from a variable that a launch would have to set.
+// Constants only. A graph replays the same values for ever: an id names a job for its life, and
+// both words are back at 0 when a pass is through. Nothing of a pass (slot, number of rows, layer)
+// is read from a variable that a launch would have to set.
 //
 // Why it is ordered
 //   payload before req    a write of a word fences all earlier writes of its stream (no
 //                         NO_MEMORY_BARRIER flag); the CPU reads req with acquire, then the payload
 //   req = 0 before done   the CPU takes req back before it runs the job, the device rings for the
 //                         slot again only behind a wait that has seen this job's done
-//   output before done    done is stored with release; the device copies behind the wait. Nothing is
-//                         flushed to the device's own memory, hence no FLUSH flag
+//   output before done    done is stored with release; the device copies behind the wait. Nothing
+//                         is flushed to the device's own memory, hence no FLUSH flag
 //   done = 0 before reuse the write is in the stream before any later use of the slot
 //   job before job        the CPU takes of several rung jobs the one submitted first
 //   deferred part         reads its slot after done: the next layer has another slot, the one after
@@ -56,8 +57,8 @@ namespace kt {
 //                         streams share one hardware channel; a job never waits for the device
 //
 // The CPU side answers every ring, also with an error, when closing and when poisoned; the monitor
-// lets a wait go that lasts longer than KT_SYNC_TIMEOUT. Nothing waits for a host function: a broken
-// context does not call them.
+// lets a wait go that lasts longer than KT_SYNC_TIMEOUT. Nothing waits for a host function: a
+// broken context does not call them.
 struct DeviceSyncOptions {
   SignalWay way = SignalWay::kHostFunction;
   int64_t spin_us = 20'000;            // how long the CPU stream's thread polls after the last job
@@ -92,19 +93,21 @@ struct DeviceTicket {
 //
 // Streams   `stream` carries copies, signal and wait; `current` is the one that made the inputs and
 //           uses the result. Where they differ, events order them: current before stream before
-//           current, so that inputs may change and the result may be used as soon as a call is back.
-//           sync()'s stream is submit()'s or one ordered behind it.
+//           current, so that inputs may change and the result may be used as soon as a call is
+//           back. sync()'s stream is submit()'s or one ordered behind it.
 // Requires  passes of a slot do not overlap: graphs and eager forwards that share layers or sizes
 //           are ordered among one another by the caller, as SGLang does. Eager forwards on several
 //           streams are ordered here.
 // Capture   every call may be captured. Memory is pinned for the largest batch seen or hinted;
-//           growth makes a new arena, in relaxed capture mode, and keeps one that a graph refers to.
+//           growth makes a new arena, in relaxed capture mode, and keeps one that a graph refers
+//           to.
 // Errors    kt::Error. An error of a job is thrown by the next submit(), sync() or check(), once;
 //           after a stuck wait or a broken word every call throws.
-// Threads   any, one at a time inside; no lock that the CPU side takes is held while CUDA is called.
-// Lifetime  the destructor answers everything and waits up to 2 s for streams to drain; what a graph
-//           or a stream may still refer to is left alone for ever, with a thread that answers.
-//           `stream` outlives it.
+// Threads   any, one at a time inside; no lock that the CPU side takes is held while CUDA is
+//           called.
+// Lifetime  the destructor answers everything and waits up to 2 s for streams to drain; what a
+//           graph or a stream may still refer to is left alone for ever, with a thread that
+//           answers. `stream` outlives it.
 class DeviceSync {
  public:
   DeviceSync(CpuStream& stream, int device, const DeviceSyncOptions& options);

@@ -51,8 +51,8 @@ class PlantedFault : public StreamTest {
     ASSERT_EQ(real().event_create(&plant.event, kCuEventDisableTiming), kCuSuccess);
   }
 
-  // "right", or what is wrong with passes of a model whose jobs go through this driver. The limit is
-  // short where a fault may leave the device waiting.
+  // "right", or what is wrong with passes of a model whose jobs go through this driver. The limit
+  // is short where a fault may leave the device waiting.
   std::string outcome(const CudaDriver& driver, SignalWay way, bool graphs,
                       int64_t timeout_ms = 300) {
     std::string text = "right";
