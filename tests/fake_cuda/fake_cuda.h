@@ -76,7 +76,7 @@ FAKE_CUDA_API void fake_cuda_set_shared_channel(int enabled);
 FAKE_CUDA_API void fake_cuda_set_store_buffer(int enabled);
 
 /* Operations are there, none has ended for this long, none is a kernel at work, no stream is
- * paused: a deadlock. It is reported with what each stream waits for, and the context fails with 702,
+ * paused: a deadlock. It is reported with what each stream waits for; the context fails with 702,
  * so that nothing hangs. Default 30000; 0: never. */
 FAKE_CUDA_API void fake_cuda_set_deadlock_timeout(int milliseconds);
 FAKE_CUDA_API int fake_cuda_deadlocked(void);
