@@ -24,21 +24,6 @@ SECONDS = 800
 
 
 @pytest.fixture(scope="session")
-def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The test double: that of scripts/test.sh's build if it is of these sources, else one built here."""
-    folder = ROOT / "tests/fake_cuda"
-    sources = sorted(path for path in folder.glob("*.cpp") if not path.name.startswith("test_"))
-    built = ROOT / "build/test/libfake_cuda.so"
-    newest = max(path.stat().st_mtime for path in (*sources, *folder.glob("*.h")))
-    if built.exists() and built.stat().st_mtime >= newest:
-        return built
-    library = tmp_path_factory.mktemp("fake_cuda") / "libfake_cuda.so"
-    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", f"-I{ROOT / 'tests'}"]
-    subprocess.run(["g++", *options, "-o", library, *sources], check=True, timeout=SECONDS)
-    return library
-
-
-@pytest.fixture(scope="session")
 def outcomes(fake_cuda: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
     """What each case did with a way to signal: name with parameters -> what went wrong, or empty."""
     known: dict[str, dict[str, str]] = {}
