@@ -170,6 +170,8 @@ class KTMoEWrapper:
 
     # --- construction ---
 
+    # Tensors of inference mode count no changes and can be changed in it only.
+    @torch.inference_mode(False)
     def _make_mask(self, mask: torch.Tensor | None, num_gpu_experts: int | None) -> torch.Tensor:
         experts = self.num_experts
         if mask is not None:
@@ -353,6 +355,7 @@ class KTMoEWrapper:
             reserved_ids=(~here).nonzero().flatten().tolist() if may_grow else (),
         )
 
+    @torch.inference_mode(False)
     def _adopt(self, experts: CpuExperts, order: list[int] | None = None) -> None:
         self.moe = experts
         self._chain.change()

@@ -139,6 +139,16 @@ def test_a_bad_constructor_argument_is_named(changes: dict, error: type[Exceptio
         make(**changes)
 
 
+def test_a_wrapper_made_in_inference_mode_is_one_like_any_other(experts: Experts) -> None:
+    inputs = batch(3)
+    expected = loaded(experts).forward(*inputs, 0)
+    with torch.inference_mode():
+        wrapper = loaded(experts)
+        assert torch.equal(wrapper.forward(*inputs, 0), expected)
+    wrapper.gpu_experts_mask.fill_(True)
+    assert not wrapper.forward(*inputs, 0).any()
+
+
 def test_an_environment_variable_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_NUM_THREADS", "many")
     with pytest.raises(ValueError, match="KT_NUM_THREADS='many'"):
