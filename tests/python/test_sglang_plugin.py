@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch
 
 from kt_kernel.integrations import sglang as entry_points
 from kt_kernel.integrations.sglang import checks, kv_pool, layers, memory, plugin, report, shared_expert
+from kt_kernel.methods import METHODS
 
 GB = 10**9
 
@@ -153,6 +155,19 @@ def test_memory_is_refused_with_needed_and_had(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "usable_memory", lambda: (16 * GB, 32 * GB))
     checks.check_memory(needs())
     with pytest.raises(ValueError, match=r"needs 25\.1 GB .*\(experts 20\.0, .*16\.0 GB of 32\.0 GB are usable"):
+        checks.check_memory(needs(experts=20 * GB))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_memory_counts_every_expert_that_is_loaded(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    source = checks.ExpertSource(Path(), METHODS["AMXINT8"].layout, 2, 16, 256, 128)
+    of_one = source.bytes_of(1)
+    bf16 = source.bytes_of(4, METHODS["BF16"].layout) if not on_gpu else 0
+    assert checks.expert_bytes(source, 4, on_gpu=on_gpu) == 12 * of_one + bf16
+    monkeypatch.setenv("KT_HOST_ALL_EXPERTS", "1")
+    assert checks.expert_bytes(source, 4, on_gpu=on_gpu) == 16 * of_one + bf16
+    monkeypatch.setattr(memory, "usable_memory", lambda: (16 * GB, 32 * GB))
+    with pytest.raises(ValueError, match="unset KT_HOST_ALL_EXPERTS"):
         checks.check_memory(needs(experts=20 * GB))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kt_kernel.checkpoint import model_sizes, read_config
-from kt_kernel.config import MoEConfig, default_num_threads, usable_cpus
+from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
 from kt_kernel.experts import packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import cuda_flags, flags, memory
 from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
@@ -359,21 +359,27 @@ def memory_needs(server_args: Any, source: ExpertSource) -> memory.Needs:
     from sglang.srt.configs.model_config import ModelConfig
 
     num_gpu_experts = server_args.kt_num_gpu_experts or 0
-    on_gpu = torch.cuda.is_available()  # what is not an expert of the CPU is there, and the GPU's experts
-    experts = source.bytes_of(source.num_experts - num_gpu_experts)
-    if num_gpu_experts and not on_gpu:
-        experts += source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
+    on_gpu = torch.cuda.is_available()  # what is not an expert of the CPU is there
     # not ServerArgs.get_model_config: 0.5.23 has none
     model_config = ModelConfig.from_server_args(server_args)
     num_tokens = batch_tokens(server_args)
     top_k = getattr(model_config.hf_text_config, "num_experts_per_tok", 8) or 8
     pool_tokens = server_args.max_total_tokens or min(model_config.context_len, num_tokens)
     return memory.Needs(
-        experts=experts,
+        experts=expert_bytes(source, num_gpu_experts, on_gpu=on_gpu),
         other_weights=0 if on_gpu else memory.bytes_without_experts(Path(server_args.model_path)),
         kv_pool=0 if on_gpu else pool_tokens * memory.kv_bytes_per_token(model_config),
         scratch=forward_bytes(server_args, source, num_tokens=num_tokens, top_k=top_k),
     )
+
+
+def expert_bytes(source: ExpertSource, num_gpu_experts: int, *, on_gpu: bool) -> int:
+    """Return the bytes of all experts on the host: the CPU's, the GPU's as well where ``KT_HOST_ALL_EXPERTS`` is set,
+    and those that take the place of the GPU's in bf16 where there is none.
+    """
+    here = source.num_experts if host_all_experts() else source.num_experts - num_gpu_experts
+    in_its_place = 0 if on_gpu else source.bytes_of(num_gpu_experts, METHODS["BF16"].layout)
+    return source.bytes_of(here) + in_its_place
 
 
 def batch_tokens(server_args: Any) -> int:
@@ -410,8 +416,9 @@ def check_memory(needs: memory.Needs) -> None:
     """
     available, total = memory.usable_memory()
     if needs.total > available:
+        unset = "unset KT_HOST_ALL_EXPERTS, " if host_all_experts() else ""
         raise ValueError(
             f"this launch needs {memory.gigabytes(needs.total)} GB of host memory ({needs.describe()}) but "
-            f"{memory.gigabytes(available)} GB of {memory.gigabytes(total)} GB are usable; use a method with fewer "
-            "bits (AMXINT4), free memory, or raise the container's limit."
+            f"{memory.gigabytes(available)} GB of {memory.gigabytes(total)} GB are usable; {unset}use a method "
+            "with fewer bits (AMXINT4), free memory, or raise the container's limit."
         )
