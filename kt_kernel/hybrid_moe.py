@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -260,14 +261,25 @@ class HybridMoE(nn.Module):
         self._cpu_experts()
         stream = torch.cuda.current_stream(hidden.device).cuda_stream
         self.wrapper.submit_forward(hidden, ids, weights, stream)
-        own = self._device_part(hidden, ids, weights) if self.num_device_experts else None
+        try:
+            own = self._device_part(hidden, ids, weights) if self.num_device_experts else None
+        except Exception:
+            # a program may go on after e.g. a full device: what was submitted is not the next forward's
+            with suppress(RuntimeError):
+                self.wrapper.sync_forward(hidden, stream)
+            raise
         return _sum(own, self.wrapper.sync_forward(hidden, stream))
 
     def _compute_on_device(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         # a device whose streams the library does not know: the copies to the CPU wait for it
         on_cpu = hidden.cpu()
         ticket = self._cpu_experts().submit(on_cpu, ids.cpu(), weights.cpu(), skip=self.wrapper.gpu_experts_mask)
-        own = self._device_part(hidden, ids, weights) if self.num_device_experts else None
+        try:
+            own = self._device_part(hidden, ids, weights) if self.num_device_experts else None
+        except Exception:
+            with suppress(RuntimeError):
+                CpuExperts.sync(ticket, on_cpu)
+            raise
         return _sum(own, CpuExperts.sync(ticket, on_cpu).to(hidden.device))
 
     def _device_part(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -71,3 +71,21 @@ def test_hybrid_in_a_graph(device: AsyncDevice) -> None:
             target.copy_(device.tensor(source))
         graph.replay()
         assert torch.equal(output.cpu(), wanted)
+
+
+def test_a_forward_that_fails_on_the_device_leaves_nothing_behind(
+    device: AsyncDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(3)
+    expected = [on_host(module, 5, seed=seed) for seed in range(2)]
+    moved(device, module)
+    given = [[device.tensor(tensor) for tensor in inputs] for inputs, _ in expected]
+
+    def full(*_inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("the device is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_device_part", full)
+        with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
+            forward(module, given[0])
+    assert torch.equal(forward(module, given[1]).cpu(), expected[1][1])
