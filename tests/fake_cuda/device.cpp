@@ -49,7 +49,7 @@ struct HostThread : std::enable_shared_from_this<HostThread> {
         operation = task->operation;
         current_text = operation.describe();
       }
-      operation.function(operation.argument);
+      if (!Device::get().failure()) operation.function(operation.argument);
       std::lock_guard lock(mutex);
       // after a context error the lane has gone on and the task may be gone
       if (current) current->called.store(true, std::memory_order_release);
@@ -308,7 +308,7 @@ void Device::monitor() {
       std::lock_guard lock(mutex_);
       while (!recent_stores_.empty()) {
         const std::shared_ptr<Store> store = recent_stores_.front().lock();
-        if (store && now - store->made < milliseconds(20)) break;
+        if (store && now - store->made < milliseconds(1000)) break;
         if (store) old.push_back(store);
         recent_stores_.pop_front();
       }

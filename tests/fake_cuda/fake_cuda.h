@@ -72,7 +72,7 @@ FAKE_CUDA_API void fake_cuda_set_device_count(int count);
  * environment. Set while nothing is enqueued. */
 FAKE_CUDA_API void fake_cuda_set_shared_channel(int enabled);
 /* 1: what a device-to-host copy writes appears in memory when a later operation that depends on the
- * copy starts (other than such a copy), when the host synchronizes with it, or after 20 ms. */
+ * copy starts (other than such a copy), when the host synchronizes with it, or after 1 s. */
 FAKE_CUDA_API void fake_cuda_set_store_buffer(int enabled);
 
 /* Operations are there, none has ended for this long, none is a kernel at work, no stream is

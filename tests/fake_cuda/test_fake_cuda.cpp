@@ -263,7 +263,6 @@ TEST_F(FakeCuda, AGraphRepeatsWithItsConstants) {
     EXPECT_EQ(words_[0], 11u);
   }
   EXPECT_EQ(seen, (std::vector<int>{2, 100, 3, 100, 4, 100}));
-  EXPECT_CUDA(cuGraphExecDestroy(executable));
 }
 
 TEST_F(FakeCuda, AGraphKeepsForksAndJoins) {
@@ -424,17 +423,18 @@ TEST_F(FakeCuda, ADeadlockIsReportedWithItsWaits) {
 
 TEST_F(FakeCuda, AHostFunctionThatWaitsForOneBehindItIsADeadlock) {
   fake_cuda_set_deadlock_timeout(100);
-  std::atomic<bool> release{false};
+  std::atomic<bool> inside{false}, release{false}, second{false};
   EXPECT_CUDA(host_function(streams_[0], [&] {
-    while (!release) std::this_thread::yield();
+    for (inside = true; !release;) std::this_thread::yield();
+    inside = false;
   }));
-  std::this_thread::sleep_for(milliseconds(10));
-  EXPECT_CUDA(host_function(streams_[1], [&] { release = true; }));
+  while (!inside) std::this_thread::yield();
+  EXPECT_CUDA(host_function(streams_[1], [&] { release = second = true; }));
   EXPECT_EQ(cuStreamSynchronize(streams_[0]), CUDA_ERROR_LAUNCH_TIMEOUT);
   EXPECT_NE(report().find("callback thread: inside cuLaunchHostFunc"), std::string::npos);
   release = true;
-  std::this_thread::sleep_for(
-      milliseconds(20));  // the function returns before what it captured goes
+  while (inside) std::this_thread::yield();
+  EXPECT_FALSE(second);
 }
 
 TEST_F(FakeCuda, HostFunctionsThatAreNeverCalled) {
@@ -447,7 +447,7 @@ TEST_F(FakeCuda, HostFunctionsThatAreNeverCalled) {
 TEST_F(FakeCuda, TheSharedChannelLetsAWaitHoldUpOtherStreams) {
   for (int shared = 0; shared < 2; ++shared) {
     fake_cuda_set_shared_channel(shared);
-    fake_cuda_set_deadlock_timeout(100);
+    fake_cuda_set_deadlock_timeout(shared ? 100 : 30000);
     const int word = 64 + shared;
     // stream 1's write would end stream 0's wait, but stands behind it in the one channel
     EXPECT_CUDA(cuStreamWaitValue32_v2(streams_[0], address(word), 1, CU_STREAM_WAIT_VALUE_EQ));
