@@ -325,9 +325,10 @@ def check_split(server_args: Any) -> None:
             raise ValueError(f"{given} does not work with experts on the CPU; remove it or the --kt-* flags.")
     check_one_process(server_args)
     if server_args.moe_runner_backend not in RUNNER_BACKENDS:
+        possible = " or ".join(RUNNER_BACKENDS[1:])  # not auto, which may have become this one
         raise ValueError(
             f"--moe-runner-backend {server_args.moe_runner_backend} keeps to itself which experts a token goes to, or "
-            f"does not skip those on the CPU; give one of {', '.join(RUNNER_BACKENDS)}."
+            f"does not skip those on the CPU; give {possible}."
         )
 
 
