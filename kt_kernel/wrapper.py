@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from kt_kernel import _ext, device_stream, layer_chain
-from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts, is_count
+from kt_kernel import wrapper_checks as checks
+from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts
 from kt_kernel.deferral import select_deferred_experts
 from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
 from kt_kernel.experts import CpuExperts, check_devices, clear_device_buffers, get_engine
 from kt_kernel.methods import get_method
-
-_HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class _Submitted(NamedTuple):
@@ -148,9 +146,9 @@ class KTMoEWrapper:
         self.moe_intermediate_size = moe_intermediate_size
         self.weight_path = weight_path
         self.chunked_prefill_size = chunked_prefill_size
-        self.gpu_experts_mask = self._make_mask(gpu_experts_mask, num_gpu_experts)
+        self.gpu_experts_mask = checks.gpu_experts_mask(gpu_experts_mask, num_gpu_experts, num_experts=num_experts)
         self.num_gpu_experts = int(self.gpu_experts_mask.sum())
-        self.max_deferred_experts_per_token = self._check_deferred(max_deferred_experts_per_token)
+        self.max_deferred_experts_per_token = checks.num_deferred(max_deferred_experts_per_token)
         self.cpu_infer = get_engine(EngineConfig.resolve(cpuinfer_threads, threadpool_count, numa_nodes))
         self.cpuinfer_threads = self.cpu_infer.num_threads
         self.threadpool_count = self.cpu_infer.num_nodes
@@ -167,32 +165,6 @@ class KTMoEWrapper:
             announce_layer()
             self._announced = True
         self._chain = layer_chain.join(self)
-
-    # --- construction ---
-
-    # Tensors of inference mode count no changes and can be changed in it only.
-    @torch.inference_mode(False)
-    def _make_mask(self, mask: torch.Tensor | None, num_gpu_experts: int | None) -> torch.Tensor:
-        experts = self.num_experts
-        if mask is not None:
-            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or list(mask.shape) != [experts]:
-                found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask)
-                raise ValueError(f"gpu_experts_mask is {found}; it must be a bool tensor of shape [{experts}].")
-            if mask.device.type != "cpu":
-                raise ValueError(f"gpu_experts_mask is on {mask.device}; it must be on the CPU.")
-            return mask.detach().clone().contiguous()
-        count = 0 if num_gpu_experts is None else num_gpu_experts
-        if not is_count(count) or not 0 <= count <= experts:
-            raise ValueError(f"num_gpu_experts is {count!r}; it must be an integer from 0 to num_experts = {experts}.")
-        result = torch.zeros(experts, dtype=torch.bool)
-        result[:count] = True
-        return result
-
-    def _check_deferred(self, value: int | None) -> int:
-        count = 0 if value is None else value
-        if not is_count(count) or count < 0:
-            raise ValueError(f"max_deferred_experts_per_token is {count!r}; it must be an integer of at least 0.")
-        return count
 
     # --- weights ---
 
@@ -218,7 +190,9 @@ class KTMoEWrapper:
             raise ValueError(f"layer {self.layer_idx} was made without weight_path; pass the folder of its weights.")
         source = loader.open_source(Path(self.weight_path), self._method)
         source.check(self.config)
-        order = self._check_map(physical_to_logical_map, source.num_experts())
+        order = checks.expert_order(
+            physical_to_logical_map, num_slots=self.num_experts, num_logical=source.num_experts()
+        )
         experts = self._new_experts(source.layout, may_grow=True)
         loader.load_layer(experts, source, order)
         self._announced = False
@@ -247,21 +221,8 @@ class KTMoEWrapper:
         ValueError
             Wrong shapes, types, devices or map; one sentence.
         """
-        rows, columns = self.moe_intermediate_size, self.hidden_size
-        shapes = {"gate_proj": (rows, columns), "up_proj": (rows, columns), "down_proj": (columns, rows)}
-        num_logical = gate_proj.shape[0] if gate_proj.dim() == 3 else 0
-        for (name, shape), tensor in zip(shapes.items(), (gate_proj, up_proj, down_proj), strict=True):
-            if tensor.device.type != "cpu":
-                raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU.")
-            if tensor.dtype not in _HIDDEN_DTYPES or tensor.dtype != gate_proj.dtype:
-                raise ValueError(
-                    f"{name} is {tensor.dtype}; gate_proj, up_proj and down_proj must all be bf16, fp16 or fp32."
-                )
-            if list(tensor.shape) != [num_logical, *shape] or not 0 < num_logical <= self.num_experts:
-                raise ValueError(
-                    f"{name} has shape {list(tensor.shape)}; it must be [{self.num_experts}, {shape[0]}, {shape[1]}]."
-                )
-        order = self._check_map(physical_to_logical_map_cpu, num_logical)
+        num_logical = checks.check_expert_tensors(self.config, gate_proj, up_proj, down_proj)
+        order = checks.expert_order(physical_to_logical_map_cpu, num_slots=self.num_experts, num_logical=num_logical)
         if self._announced:
             from kt_kernel.loader import withdraw_layer
 
@@ -277,35 +238,6 @@ class KTMoEWrapper:
                 [down_proj[order[slot]] for slot in slots],
             )
         self._adopt(experts)
-
-    def _check_map(self, mapping: torch.Tensor | None, num_logical: int) -> list[int]:
-        if mapping is None:
-            mapping = torch.arange(self.num_experts, dtype=torch.int64)
-        if not isinstance(mapping, torch.Tensor) or mapping.dtype != torch.int64:
-            found = mapping.dtype if isinstance(mapping, torch.Tensor) else type(mapping).__name__
-            raise ValueError(f"physical_to_logical_map is {found}; it must be an int64 tensor.")
-        if mapping.device.type != "cpu":
-            raise ValueError(f"physical_to_logical_map is on {mapping.device}; it must be on the CPU.")
-        if list(mapping.shape) != [self.num_experts]:
-            raise ValueError(
-                f"physical_to_logical_map has shape {list(mapping.shape)}; it must be [{self.num_experts}], one entry "
-                f"per expert id."
-            )
-        order: list[int] = mapping.tolist()
-        for slot, logical in enumerate(order):
-            if not 0 <= logical < num_logical:
-                fused = ""
-                if self.num_experts > num_logical:
-                    fused = " (a shared expert fused into the routed ones? pass --disable-shared-experts-fusion)"
-                raise ValueError(
-                    f"physical_to_logical_map[{slot}] is {logical}, but the weights have experts 0-{num_logical - 1}"
-                    f"{fused}."
-                )
-        if len(set(order)) != num_logical:
-            missing = sorted(set(range(num_logical)) - set(order))[0]
-            why = "repeats an expert" if self.num_experts == num_logical else "leaves an expert out"
-            raise ValueError(f"physical_to_logical_map {why}: no id computes expert {missing} of the model.")
-        return order
 
     def load_missing_experts(self) -> list[int]:
         """Load the experts that ``gpu_experts_mask`` gives to the CPU and that are not here; returns their ids.
@@ -355,7 +287,7 @@ class KTMoEWrapper:
             reserved_ids=(~here).nonzero().flatten().tolist() if may_grow else (),
         )
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # tensors of that mode cannot be changed outside of it
     def _adopt(self, experts: CpuExperts, order: list[int] | None = None) -> None:
         self.moe = experts
         self._chain.change()
@@ -400,7 +332,7 @@ class KTMoEWrapper:
             No weights, an expert that is neither on the GPU nor loaded, or what went wrong in an earlier forward that a
             stream or a graph asked for.
         """
-        hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
+        hidden, ids, weights = checks.forward_inputs(self.config, hidden_states, topk_ids, topk_weights, cuda_stream)
         experts = self._ready()
         on_device = device_stream.is_on_device(hidden, cuda_stream)
         if on_device:
@@ -435,7 +367,7 @@ class KTMoEWrapper:
         """
         if not self._tickets:
             raise RuntimeError(f"sync_forward of layer {self.layer_idx} was called without submit_forward before.")
-        self._check_device("hidden_states", hidden_states, cuda_stream)
+        checks.check_device("hidden_states", hidden_states, cuda_stream)
         ticket, shape, dtype, on_device = self._tickets[0]
         if hidden_states.dtype != dtype or hidden_states.numel() != shape.numel():
             raise ValueError(
@@ -465,7 +397,7 @@ class KTMoEWrapper:
         if isinstance(hidden_states, torch.Tensor) and device_stream.is_on_device(hidden_states, cuda_stream):
             self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
             return self.sync_forward(hidden_states, cuda_stream)
-        hidden, ids, weights = self._check_inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
+        hidden, ids, weights = checks.forward_inputs(self.config, hidden_states, topk_ids, topk_weights, cuda_stream)
         return self._ready().forward(hidden, ids, weights, skip=self.gpu_experts_mask)
 
     def _ready(self) -> CpuExperts:
@@ -489,44 +421,6 @@ class KTMoEWrapper:
             _ext.expect_batch(max(self.chunked_prefill_size or 0, 0))
         current = device_stream.current_stream(tensor, cuda_stream or 0)
         return (current if cuda_stream is None else int(cuda_stream)), current
-
-    def _check_device(self, name: str, tensor: torch.Tensor, cuda_stream: int | None) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{name} is {type(tensor).__name__}, but kt_kernel takes tensors: topk_ids and topk_weights as of "
-                f"SGLang's standard top-k output; choose a --moe-runner-backend that uses it, e.g. triton."
-            )
-        if tensor.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"{name} is on {tensor.device}; kt_kernel takes tensors on the CPU or on a CUDA device.")
-        if cuda_stream and not device_stream.is_on_device(tensor, cuda_stream):
-            raise ValueError(f"cuda_stream is {cuda_stream}, but {name} is a CPU tensor; pass 0 or None.")
-
-    def _check_inputs(
-        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, cuda_stream: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        for name, tensor in (("hidden_states", hidden), ("topk_ids", ids), ("topk_weights", weights)):
-            self._check_device(name, tensor, cuda_stream)
-            if tensor.device != hidden.device:
-                raise ValueError(f"{name} is on {tensor.device}, but hidden_states is on {hidden.device}.")
-        size, top_k = self.hidden_size, self.num_experts_per_tok
-        if hidden.dim() < 1 or hidden.shape[-1] != size:
-            raise ValueError(f"hidden_states has shape {list(hidden.shape)}; its last dimension must be {size}.")
-        if hidden.dtype not in _HIDDEN_DTYPES:
-            raise ValueError(f"hidden_states is {hidden.dtype}; it must be bf16, fp16 or fp32.")
-        if hidden.dim() != 2 or not hidden.is_contiguous():
-            hidden = hidden.reshape(hidden.numel() // size, size).contiguous()
-        tokens = hidden.shape[0]
-        for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
-            if tensor.dim() < 1 or tensor.shape[-1] != top_k or tensor.numel() != tokens * top_k:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{tokens}, {top_k}].")
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            raise ValueError(f"topk_ids is {ids.dtype}; it must be an integer type.")
-        if weights.dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"topk_weights is {weights.dtype}; it must be a float type.")
-        if ids.dtype != torch.int32:
-            ids = ids.to(torch.int64)
-        shape = (tokens, top_k)
-        return hidden, ids.reshape(shape).contiguous(), weights.to(torch.float32).reshape(shape).contiguous()
 
     # --- what SGLang calls around CUDA graphs ---
 

@@ -186,7 +186,7 @@ PYTHON_LAYERS = (
     ("_ext", "_build_info"),
     ("config", "deferral", "device_experts", "files", "methods", "progress"),
     ("ops", "checkpoint", "device_stream", "packed_folder", "placement"),
-    ("experts", "layer_chain", "packed_writer"),
+    ("experts", "layer_chain", "packed_writer", "wrapper_checks"),
     ("loader", "converter", "expert_export"),
     ("wrapper", "collect_env", "convert_command", "bench"),
     ("hybrid_moe",),
