@@ -441,6 +441,22 @@ def test_moving_the_file_away_starts_a_new_record(tmp_path: Path) -> None:
     assert read_record(path)[0].sum(0).tolist() == [[0, 0, 0], [0, 0, 5]]
 
 
+def test_counts_go_on_when_the_weights_of_a_layer_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "counts.pt"
+    counting = Counting(path)
+    counting.forward(0, 0)
+    for _ in range(6):
+        counting.forward(0, 1)
+        counting.forward(1, 2)
+    counting.recorder.write()
+    counting.totals[0] = 0  # the layer counts from 0 again
+    for _ in range(5):
+        counting.forward(0, 2)
+    counting.recorder.write()
+    counts = read_record(path)[0]
+    assert counts.sum(0).tolist() == [[0, 6, 5], [0, 0, 6]] and (counts >= 0).all()
+
+
 def test_a_disk_that_fails_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     counting = Counting(tmp_path / "no/counts.pt")
     for _ in range(3):
@@ -470,6 +486,8 @@ def test_counts_of_slots_become_counts_of_experts() -> None:
     counts = expert_counts.logical_counts(methods, NUM_LAYERS)
     # slots of layer 1 hold experts 2 0 1 4 5 3
     assert counts.tolist() == [[0] * 6, [11, 12, 10, 15, 13, 14], [0] * 6]
+    replaced = SimpleNamespace(global_num_experts=6, wrapper=SimpleNamespace(moe=None))
+    assert expert_counts.logical_counts([*methods, replaced], NUM_LAYERS).equal(counts)
     assert expert_counts.gpu_experts(methods, NUM_LAYERS)[1].nonzero().flatten().tolist() == [0, 2]
 
 

@@ -42,7 +42,8 @@ class Recorder:
     path : Path
         Rewritten whole at every write.
     read_totals : callable
-        Gives all counts so far: ``[num_layers, num_experts]``, int64, by the model's own expert numbers.
+        Gives all counts so far: ``[num_layers, num_experts]``, int64, by the model's own expert numbers. A layer whose
+        weights are replaced counts from 0 again.
     gpu_experts : Tensor
         ``[num_layers, num_experts]``, bool, told in the file.
     """
@@ -53,6 +54,8 @@ class Recorder:
         self._gpu_experts = gpu_experts
         self._lock = threading.Lock()
         self._snapshots: list[Tensor] = []
+        # counts of the weights in use, and of those that were replaced
+        self._read = self._before = torch.zeros_like(gpu_experts, dtype=torch.int64)
         self._counted: Tensor | None = None  # totals at the end of the last snapshot
         self._written: Tensor | None = None  # totals in the file
         self._num_forwards = 0
@@ -63,12 +66,12 @@ class Recorder:
         """Count a forward. What came before the first one (start-up, captured graphs) is not in the record."""
         with self._lock:
             if self._counted is None:
-                self._counted = self._read_totals()
+                self._counted = self._totals()
                 return
             self._num_forwards += 1
             if self._num_forwards % self._stride == 0:
                 self._restart_if_moved()
-                self._snapshots, self._counted = self._with_new(self._read_totals())
+                self._snapshots, self._counted = self._with_new(self._totals())
                 if len(self._snapshots) >= MAX_SNAPSHOTS:
                     pairs = zip(self._snapshots[::2], self._snapshots[1::2], strict=True)
                     self._snapshots = [first + second for first, second in pairs]
@@ -83,7 +86,7 @@ class Recorder:
             if self._counted is None:
                 return
             self._restart_if_moved()
-            totals = self._read_totals()
+            totals = self._totals()
             if torch.equal(totals, self._counted if self._written is None else self._written):
                 return
             snapshots, _ = self._with_new(totals)
@@ -98,6 +101,14 @@ class Recorder:
                 return
             self._failed = False
             self._written = totals
+
+    def _totals(self) -> Tensor:
+        """Everything that was ever counted; what a layer counted after the last look at its old weights is lost."""
+        read = self._read_totals()
+        fell = (read < self._read).any(dim=1, keepdim=True)
+        self._before = self._before + torch.where(fell, self._read, 0)
+        self._read = read
+        return self._before + read
 
     def _with_new(self, totals: Tensor) -> tuple[list[Tensor], Tensor]:
         """Snapshots with one more for what was counted since the last, and where that one ends."""
@@ -161,6 +172,8 @@ def logical_counts(methods: list[Any], num_layers: int) -> Tensor:
     """
     counts = torch.zeros(num_layers, methods[0].global_num_experts, dtype=torch.int64)
     for method in methods:
+        if method.wrapper.moe is None:  # its weights are being replaced
+            continue
         of_slots = torch.as_tensor(method.wrapper.moe.counters()["expert_counts"], dtype=torch.int64)
         counts[method.kt_config.layer_idx].index_add_(0, layers.physical_to_logical_map(method), of_slots)
     return counts
