@@ -1,5 +1,6 @@
 #include "runtime/cuda_arena.h"
 
+#include <algorithm>
 #include <new>
 
 #include "base/check.h"
@@ -77,20 +78,18 @@ Slot::~Slot() { driver.event_destroy(last_use); }
 Arena::Arena(const CudaDriver& driver, const ArenaShape& shape, int capacity)
     : driver_(driver), shape_(shape), capacity_(capacity) {}
 
-std::pair<Slot*, bool> Arena::acquire(int position) {
+Slot* Arena::acquire(int position) {
   const size_t preferred = static_cast<size_t>(position & 1);
   const auto usable = [&](const Slot& slot) {
     return !slot.held && !slot.stranded && !(&slot == last_ && position == last_position_);
   };
   Slot* slot = nullptr;
-  bool made = false;
   // in order: the layer's own parity, the other one, slots of a time when more jobs were out
   for (size_t i = 0; slot == nullptr; ++i) {
     const size_t index = i < 2 ? i ^ preferred : i;
     if (index >= slots_.size()) slots_.resize(index + 1);
     if (slots_[index] == nullptr) {
       slots_[index] = std::make_unique<Slot>(driver_, shape_, capacity_);
-      made = true;
     } else if (!usable(*slots_[index])) {
       continue;
     }
@@ -98,7 +97,13 @@ std::pair<Slot*, bool> Arena::acquire(int position) {
   }
   last_ = slot;
   last_position_ = position;
-  return {slot, made};
+  return slot;
+}
+
+bool Arena::has_stranded() const {
+  return std::any_of(slots_.begin(), slots_.end(), [](const std::unique_ptr<Slot>& slot) {
+    return slot != nullptr && slot->stranded;
+  });
 }
 
 }  // namespace kt

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "base/dtype.h"
@@ -65,8 +64,9 @@ struct Slot {
   HostBuffers buffers;
 
   // Of the enqueuing side, guarded by its mutex:
+  bool polled = false;             // the CPU side looks at req
   bool held = false;               // submitted, its sync not enqueued yet
-  bool stranded = false;           // a graph may still ring for a job that nobody syncs
+  bool stranded = false;           // a device may still ring or wait for a job that nobody syncs
   CuStream last_stream = nullptr;  // of the last eager sync
   bool has_last_use = false;       // last_use was recorded, on last_stream
   CuEvent last_use = nullptr;      // behind the copy of the last eager result
@@ -84,9 +84,11 @@ class Arena {
 
   // The slot for a job of the layer at `position` in its chain: neighbours get different ones, and
   // so does a layer that follows itself, because the deferred part of a job reads its slot until
-  // the next job begins. Held slots are left alone. The second value: it was made now.
+  // the next job begins. Held slots are left alone.
   // Errors  kt::Error: no memory.
-  std::pair<Slot*, bool> acquire(int position);
+  Slot* acquire(int position);
+
+  bool has_stranded() const;
 
   int num_captured = 0;  // jobs of graphs that refer to a slot
 

@@ -19,12 +19,13 @@ using std::chrono::milliseconds;
 constexpr int kSpinUs = 4;
 // How often the monitor looks for an arrival that is measured; the kernel's timer slack is as long.
 constexpr microseconds kArrivalPeriod{50};
-// How often a table without its CPU stream answers what is rung.
+// How often a poisoned table, or one without its CPU stream, lets waits go.
 constexpr milliseconds kAnswerPeriod{1};
 constexpr int64_t kMaxSleepUs = 1'000'000;
 // How long retire() waits for eager jobs whose result is on its way: a broken context never rings.
 constexpr milliseconds kRetirePatience{10'000};
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+constexpr uint64_t kMeasuredOneIn = 8;
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -107,7 +108,8 @@ void DeviceJobs::abandon(DeviceJob& job, bool rung) {
       job.slot->done.store(0, std::memory_order_relaxed);
       job.finished.store(0, std::memory_order_relaxed);
     }
-    if (!rung) job.executed = true;
+    job.executed = job.executed || !rung;
+    job.captured = job.captured && rung;
     release_if_over(job);
   }
   recycle();
@@ -282,7 +284,7 @@ bool DeviceJobs::begin(DeviceJob& job) {
     job.begin_ns = now_ns();
     if (closing_.load() || poisoned_.load() || job.abandoned) return false;
     gone = job.retired;
-    watch = !gone && way_ == SignalWay::kDoorbell && num_runs_++ % kMeasuredOneIn == 0;
+    watch = !gone && way_ == SignalWay::kDoorbell && job.times->jobs.load() % kMeasuredOneIn == 0;
     if (watch) {
       const bool waits = job.slot->arrived.load(std::memory_order_relaxed) == job.id;
       watched_ = &job;
@@ -440,10 +442,11 @@ void DeviceJobs::take_over() {
 }
 
 void DeviceJobs::monitor() {
-  const milliseconds period{std::clamp<int64_t>(timeout_ms_ / 4, 5, 1000)};
+  const bool limited = timeout_ms_ > 0 && way_ == SignalWay::kDoorbell;
+  const milliseconds period{limited ? std::clamp<int64_t>(timeout_ms_ / 4, 5, 1000) : 1000};
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_) {
-    if (taken_over_) {
+    if (taken_over_ || (poisoned_.load() && way_ == SignalWay::kDoorbell)) {
       answer_all();
       monitor_wake_.wait_for(lock, kAnswerPeriod);
     } else if (watched_ != nullptr && watched_arrival_ns_ == 0) {
@@ -454,14 +457,14 @@ void DeviceJobs::monitor() {
         monitor_wake_.wait_for(lock, kArrivalPeriod);
       }
     } else {
-      if (timeout_ms_ > 0 && way_ == SignalWay::kDoorbell) look_for_stuck_waits();
+      if (limited && look_for_stuck_waits()) continue;
       monitor_wake_.wait_for(lock, period);
     }
   }
 }
 
-// Under the mutex.
-void DeviceJobs::look_for_stuck_waits() {
+// Under the mutex. Whether one was found.
+bool DeviceJobs::look_for_stuck_waits() {
   const int64_t now = now_ns();
   const int count = num_slots_.load(std::memory_order_relaxed);
   const DeviceJob* stuck = nullptr;
@@ -473,12 +476,10 @@ void DeviceJobs::look_for_stuck_waits() {
     const bool late = id != 0 && now - seen_[i].since_ns > timeout_ms_ * 1'000'000;
     if (late && id <= jobs_.size()) stuck = jobs_[id - 1].get();
   }
-  if (stuck == nullptr) return;
-  if (!poisoned_.load()) {
-    error_ = stuck_sentence(timeout_ms_, stuck->work.layer_idx);
-    poisoned_.store(true);
-  }
-  answer_all();
+  if (stuck == nullptr) return false;
+  error_ = stuck_sentence(timeout_ms_, stuck->work.layer_idx);
+  poisoned_.store(true);
+  return true;
 }
 
 // Under the mutex. Lets every wait go, whatever it waits for.

@@ -36,7 +36,7 @@ struct DeviceWork {
 //
 // cpu_ns       from the begin of a job to its done, deferred part not counted
 // measured_ns  cpu_ns of the jobs whose overlap was measured: with host functions all of them, with
-//              doorbells every eighth
+//              doorbells the first and every eighth after it
 // hidden_ns    of measured_ns, the time before the device arrived at the wait: what the caller does
 //              not see. Doorbells: the arrival is looked for every 50 us, so it is up to that late.
 // overlap = hidden_ns / measured_ns
@@ -57,7 +57,6 @@ struct DeviceJob {
   HostBuffers buffers;
   size_t output_bytes = 0;
   DeviceWork work;
-  CuStream stream = nullptr;
   bool captured = false;  // a graph rings for it, again and again
   DeviceTimes* times = nullptr;
 
@@ -130,7 +129,6 @@ class DeviceJobs : public PolledWork {
 
  private:
   static constexpr int kMaxSlots = 256;
-  static constexpr int kMeasuredOneIn = 8;
 
   void execute(DeviceJob& job);
   bool begin(DeviceJob& job);
@@ -140,7 +138,7 @@ class DeviceJobs : public PolledWork {
   void release_if_over(DeviceJob& job);
   void recycle();
   void monitor();
-  void look_for_stuck_waits();
+  bool look_for_stuck_waits();
   void answer_all();
 
   CpuStream& stream_;
@@ -159,7 +157,6 @@ class DeviceJobs : public PolledWork {
   DeviceJob* running_ = nullptr;
   DeviceJob* watched_ = nullptr;    // running, and its arrival is looked for
   int64_t watched_arrival_ns_ = 0;  // 0: not seen
-  uint64_t num_runs_ = 0;
   std::string error_;
   bool stopping_ = false;
   bool taken_over_ = false;

@@ -99,9 +99,10 @@ DeviceSync::~DeviceSync() {
   bool free = false;
   try {
     const CurrentContext current(driver_, context_->get());
-    const bool graphs = std::any_of(arenas_.begin(), arenas_.end(),
-                                    [](const auto& arena) { return arena->num_captured != 0; });
-    while (!graphs && !(free = drained()) && std::chrono::steady_clock::now() < deadline) {
+    const bool kept = std::any_of(arenas_.begin(), arenas_.end(), [](const auto& arena) {
+      return arena->num_captured != 0 || arena->has_stranded();
+    });
+    while (!kept && !(free = drained()) && std::chrono::steady_clock::now() < deadline) {
       std::this_thread::sleep_for(milliseconds(1));
     }
     leave_cpu_stream();
@@ -164,12 +165,13 @@ void DeviceSync::order(CuStream before, CuStream after) {
   check_cuda(driver_, driver_.stream_wait_event(after, order_event_, 0), "cuStreamWaitEvent");
 }
 
-Arena& DeviceSync::arena_for(const ArenaShape& shape, int num_tokens) {
+Arena& DeviceSync::arena_for(const ArenaShape& shape, int num_tokens, bool captured) {
   const auto found = std::find_if(arenas_.rbegin(), arenas_.rend(),
                                   [&](const auto& arena) { return arena->shape() == shape; });
   if (found != arenas_.rend() && (*found)->capacity() >= num_tokens) return **found;
   const int wanted = std::max(num_tokens, expected_batch.load());
   const int capacity = (wanted + kCapacityStep - 1) / kCapacityStep * kCapacityStep;
+  if (!captured) free_unused(&shape);
   arenas_.push_back(std::make_unique<Arena>(driver_, shape, capacity));
   return *arenas_.back();
 }
@@ -184,17 +186,19 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
     slot->held = jobs_->refers_to(*slot);
     return !slot->held;
   });
-  Arena& arena = arena_for({input.hidden_size, input.top_k, input.dtype}, input.num_tokens);
-  const auto [slot, made] = arena.acquire(work.chain_position);
-  if (made) jobs_->add_slot(*slot);
+  const ArenaShape shape{input.hidden_size, input.top_k, input.dtype};
+  Arena& arena = arena_for(shape, input.num_tokens, captured);
+  Slot* const slot = arena.acquire(work.chain_position);
+  if (!slot->polled) jobs_->add_slot(*slot);
+  slot->polled = true;
   DeviceJob& job = jobs_->add(*slot, std::move(work), captured);
   job.output_bytes = hidden_bytes(input);
-  job.stream = stream;
   slot->held = true;
   bool rung = false;
   try {
     enqueue_submit(input, job, stream, current);
     rung = true;
+    if (captured) ++arena.num_captured;
     order(stream, current);
   } catch (const Error&) {
     slot->stranded = rung && captured;
@@ -203,11 +207,9 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
     } else {
       slot->held = false;
     }
-    job.captured = captured && rung;
     jobs_->abandon(job, rung);
     throw;
   }
-  if (captured) ++arena.num_captured;
   last_layer_ = job.work.layer_idx;
   return {job.id, job.serial};
 }
@@ -247,6 +249,7 @@ void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream,
   const CurrentContext context(driver_, context_->get());
   DeviceJob& job = jobs_->find(ticket.id, ticket.serial);
   Slot& slot = *job.slot;
+  bool begun = false;
   try {
     jobs_->check();
     const bool captured = is_capturing(stream, current);
@@ -255,11 +258,16 @@ void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream,
                  << job.work.layer_idx << " was submitted "
                  << (job.captured ? "during" : "outside of") << " a graph capture and synced "
                  << (captured ? "in one" : "without one") << "; capture both, or neither.");
+    begun = true;
     enqueue_sync(job, result, stream, current);
   } catch (const Error&) {
-    slot.stranded = job.captured;
-    abandoned_.push_back(&slot);
-    jobs_->abandon(job, true);
+    if (begun) {
+      // the device may wait already: the job answers it, and nobody gets the slot
+      slot.stranded = true;
+      jobs_->set_synced(job);
+    } else {
+      give_up(job);
+    }
     throw;
   }
   slot.held = false;
@@ -298,6 +306,18 @@ void DeviceSync::enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuS
   order(stream, current);
 }
 
+void DeviceSync::abandon(const DeviceTicket& ticket) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  give_up(jobs_->find(ticket.id, ticket.serial));
+}
+
+// Under the mutex. Of a job that is rung for.
+void DeviceSync::give_up(DeviceJob& job) {
+  job.slot->stranded = job.captured;
+  abandoned_.push_back(job.slot);
+  jobs_->abandon(job, true);
+}
+
 void DeviceSync::retire(const void* owner) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (Slot* const slot : jobs_->retire(owner)) abandoned_.push_back(slot);
@@ -306,6 +326,11 @@ void DeviceSync::retire(const void* owner) {
 void DeviceSync::clear() {
   const std::lock_guard<std::mutex> lock(mutex_);
   const CurrentContext context(driver_, context_->get());
+  free_unused(nullptr);
+}
+
+// Under the mutex, with the context current. `shape`: of this one only.
+void DeviceSync::free_unused(const ArenaShape* shape) {
   const RelaxedCapture relaxed(driver_);
   const auto unused = [&](const Slot& slot) {
     if (slot.held || slot.stranded || jobs_->refers_to(slot)) return false;
@@ -313,14 +338,16 @@ void DeviceSync::clear() {
   };
   std::vector<std::unique_ptr<Arena>> gone;
   for (std::unique_ptr<Arena>& arena : arenas_) {
-    const bool keep =
-        arena->num_captured != 0 || std::any_of(arena->slots().begin(), arena->slots().end(),
-                                                [&](const std::unique_ptr<Slot>& slot) {
-                                                  return slot != nullptr && !unused(*slot);
-                                                });
+    const bool asked = shape == nullptr || arena->shape() == *shape;
+    const bool keep = !asked || arena->num_captured != 0 ||
+                      std::any_of(arena->slots().begin(), arena->slots().end(),
+                                  [&](const std::unique_ptr<Slot>& slot) {
+                                    return slot != nullptr && !unused(*slot);
+                                  });
     if (!keep) gone.push_back(std::move(arena));
   }
   std::erase(arenas_, nullptr);
+  if (gone.empty()) return;
   // the CPU stream looks at slots until it is told, in its own order
   stream_.wait(stream_.submit([&] {
     for (const std::unique_ptr<Arena>& arena : gone) {

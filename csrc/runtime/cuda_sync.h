@@ -99,8 +99,8 @@ struct DeviceTicket {
 //           are ordered among one another by the caller, as SGLang does. Eager forwards on several
 //           streams are ordered here.
 // Capture   every call may be captured. Memory is pinned for the largest batch seen or hinted;
-//           growth makes a new arena, in relaxed capture mode, and keeps one that a graph refers
-//           to.
+//           growth makes a new arena, in relaxed capture mode, and keeps one that a graph or a
+//           job refers to.
 // Errors    kt::Error. An error of a job is thrown by the next submit(), sync() or check(), once;
 //           after a stuck wait or a broken word every call throws.
 // Threads   any, one at a time inside; no lock that the CPU side takes is held while CUDA is
@@ -119,6 +119,9 @@ class DeviceSync {
   DeviceTicket submit(const DeviceInput& input, DeviceWork work, CuStream stream, CuStream current);
   // Enqueues the wait, and the copy of the result to device memory of the size of hidden_states.
   void sync(const DeviceTicket& ticket, void* result, CuStream stream, CuStream current);
+  // Gives up a job that will not be synced: its result is not wanted, its slot is free when it is
+  // over. Errors  as sync() for a ticket that is not outstanding.
+  void abandon(const DeviceTicket& ticket);
   // Throws what went wrong in jobs since the last call that did.
   void check() { jobs_->check(); }
   // The layer is going away: see DeviceJobs::retire().
@@ -131,7 +134,9 @@ class DeviceSync {
   size_t num_arenas() const;
 
  private:
-  Arena& arena_for(const ArenaShape& shape, int num_tokens);
+  Arena& arena_for(const ArenaShape& shape, int num_tokens, bool captured);
+  void free_unused(const ArenaShape* shape);
+  void give_up(DeviceJob& job);
   void order(CuStream before, CuStream after);
   void enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream, CuStream current);
   void enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current);

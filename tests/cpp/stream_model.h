@@ -334,6 +334,23 @@ class StreamTest : public testing::Test {
   std::string expected_report_;
 };
 
+// The same with memory that appears late and random delays, for each way to signal.
+class CudaSync : public StreamTest, public testing::WithParamInterface<SignalWay> {
+ protected:
+  void SetUp() override {
+    StreamTest::SetUp();
+    fake_cuda_set_store_buffer(1);
+    fake_cuda_set_delays(1, 100);
+  }
+  DeviceSyncOptions options() const { return StreamTest::options(GetParam()); }
+};
+
+inline auto each_way() { return testing::Values(SignalWay::kDoorbell, SignalWay::kHostFunction); }
+
+inline std::string way_name(const testing::TestParamInfo<SignalWay>& info) {
+  return info.param == SignalWay::kDoorbell ? "Doorbell" : "HostFunction";
+}
+
 inline std::string error_text(const std::function<void()>& body) {
   try {
     body();

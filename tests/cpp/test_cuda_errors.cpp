@@ -1,0 +1,176 @@
+// What goes wrong in forwards that a device's stream asks for: an error, and never a wait without end.
+#include <atomic>
+#include <thread>
+
+#include "stream_model.h"
+
+namespace kt {
+namespace {
+
+using Streams = StreamModel::Streams;
+using std::chrono::milliseconds;
+
+class CudaErrors : public CudaSync {};
+
+INSTANTIATE_TEST_SUITE_P(Ways, CudaErrors, each_way(), way_name);
+
+// Of jobs that are never synced every one holds a slot. Where no more can be looked at, each further
+// submit is refused; none may go through with a slot that the CPU never looks at.
+TEST_P(CudaErrors, TooManyOutstandingJobsAreRefusedAgainAndAgain) {
+  fake_cuda_set_delays(0, 0);
+  StreamModel& model = this->model();
+  DeviceSync sync(cpu_, 0, options());
+  std::vector<DeviceTicket> tickets;
+  for (int i = 0; i < 256; ++i) {
+    tickets.push_back(model.submit(sync, 1, 0, streams_[0], streams_[0]));
+  }
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_NE(error_text([&] {
+                model.submit(sync, 1, 0, streams_[0], streams_[0]);
+              }).find("more than 256"),
+              std::string::npos);
+  }
+  for (const DeviceTicket& ticket : tickets) sync.abandon(ticket);
+  ASSERT_EQ(drain(), kCuSuccess);
+  cpu_.wait(cpu_.submit([] {}));
+  model.enqueue(sync, 8, Streams::kOne, streams_);
+  ASSERT_EQ(drain(), kCuSuccess);
+  EXPECT_EQ(model.output(8), model.expected(0, 8)) << "slots of abandoned jobs are free again";
+}
+
+TEST_P(CudaErrors, AFailingJobInAReplayIsAnErrorAndNoHang) {
+  StreamModel& model = this->model({.num_layers = 3});
+  DeviceSync sync(cpu_, 0, options());
+  const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
+  model.fail_layer = 1;
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  const std::string error = error_text([&] { sync.check(); });
+  EXPECT_NE(error.find("layer 1"), std::string::npos) << error;
+  EXPECT_NE(error.find("expert 3 is not loaded"), std::string::npos) << error;
+  sync.check();  // raised once
+  model.fail_layer = 0;
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  EXPECT_NE(error_text([&] { model.submit(sync, 2, 0, streams_[0], streams_[0]); }), "");
+  model.fail_layer = -1;
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  sync.check();
+  EXPECT_EQ(model.output(2), model.expected(0, 2));
+}
+
+TEST_P(CudaErrors, AStuckWaitIsLetGoByTheMonitor) {
+  StreamModel& model = this->model();
+  DeviceSyncOptions options = this->options();
+  options.timeout_ms = 400;
+  DeviceSync sync(cpu_, 0, options);
+  const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  sync.check();
+  std::atomic<bool> open{false};
+  model.on_job = [&](int) {
+    while (!open) std::this_thread::sleep_for(milliseconds(1));
+  };
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess) << "let go although the job still runs";
+  const std::string error = error_text([&] { sync.check(); });
+  EXPECT_NE(error.find("KT_SYNC_TIMEOUT"), std::string::npos) << error;
+  EXPECT_NE(error.find("layer 0"), std::string::npos) << error;
+  EXPECT_EQ(error_text([&] { sync.check(); }), error) << "poisoned for good";
+  // the device has gone on: what this job reads may change under it
+  open = true;
+  cpu_.wait(cpu_.submit([] {}));
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess) << "a poisoned table answers";
+}
+
+// Once poisoned, no wait behind the stuck one takes a time limit of its own.
+TEST_P(CudaErrors, WaitsBehindAStuckOneAreLetGoAtOnce) {
+  StreamModel& model = this->model({.num_layers = 8});
+  DeviceSyncOptions options = this->options();
+  options.timeout_ms = 400;
+  DeviceSync sync(cpu_, 0, options);
+  const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
+  std::atomic<bool> open{false};
+  model.on_job = [&](int) {
+    while (!open) std::this_thread::sleep_for(milliseconds(1));
+  };
+  const auto start = std::chrono::steady_clock::now();
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, milliseconds(4 * 400));
+  EXPECT_NE(error_text([&] { sync.check(); }).find("layer 0"), std::string::npos);
+  open = true;
+  cpu_.wait(cpu_.submit([] {}));
+}
+
+TEST_P(CudaErrors, ALongPauseBetweenLaunchesIsNoStuckWait) {
+  StreamModel& model = this->model({.num_layers = 1});
+  DeviceSyncOptions options = this->options();
+  options.timeout_ms = 400;
+  DeviceSync sync(cpu_, 0, options);
+  model.cpu_delay_us = 40'000;
+  const CuGraphExec graph = capture([&] { model.enqueue(sync, 2, Streams::kOne, streams_); });
+  // the device waits nearly all the time, each time for the same job
+  for (int i = 0; i < 15; ++i) launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  sync.check();
+}
+
+TEST_P(CudaErrors, AnErrorOfTheDriverIsASentenceAndTheNextPassIsRight) {
+  StreamModel& model = this->model();
+  DeviceSync sync(cpu_, 0, options());
+  for (const char* function : {"cuMemHostAlloc", "cuMemcpyDtoHAsync_v2", "cuLaunchHostFunc"}) {
+    fake_cuda_fail_call(function, 1, 2);
+    const std::string error =
+        error_text([&] { model.submit(sync, 8, 0, streams_[0], streams_[0]); });
+    EXPECT_NE(error.find("CUDA_ERROR_OUT_OF_MEMORY"), std::string::npos) << function << error;
+    model.enqueue(sync, 8, Streams::kOne, streams_);
+    ASSERT_EQ(drain(), kCuSuccess);
+    ASSERT_EQ(model.output(8), model.expected(0, 8)) << function;
+  }
+}
+
+// The wait is in the stream, the copy behind it is refused: the device must not wait for ever.
+TEST_P(CudaErrors, AnErrorBehindTheWaitLeavesNoWait) {
+  StreamModel& model = this->model();
+  std::vector<float> result(48);
+  DeviceSync sync(cpu_, 0, options());
+  const auto start = std::chrono::steady_clock::now();
+  for (int pass = 1; pass < 4; ++pass) {
+    const DeviceTicket ticket = model.submit(sync, 8, 0, streams_[0], streams_[0]);
+    fake_cuda_fail_call("cuMemcpyHtoDAsync_v2", 1, 2);
+    EXPECT_NE(error_text([&] {
+                sync.sync(ticket, result.data(), streams_[0], streams_[0]);
+              }).find("CUDA_ERROR_OUT_OF_MEMORY"),
+              std::string::npos);
+    ASSERT_EQ(drain(), kCuSuccess);
+    model.pass = pass;
+    model.enqueue(sync, 8, Streams::kOne, streams_);
+    ASSERT_EQ(drain(), kCuSuccess);
+    ASSERT_EQ(model.output(8), model.expected(pass, 8));
+  }
+  sync.check();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
+TEST_P(CudaErrors, ABrokenContextEndsInErrorsNotInWaits) {
+  StreamModel& model = this->model();
+  const auto start = std::chrono::steady_clock::now();
+  {
+    DeviceSync sync(cpu_, 0, options());
+    model.enqueue(sync, 8, Streams::kOne, streams_);
+    ASSERT_EQ(fake_cuda_launch_fault(streams_[0], 700), 0);
+    model.kernel(streams_[0], [] {});
+    EXPECT_EQ(drain(), 700);
+    const std::string error =
+        error_text([&] { model.submit(sync, 8, 0, streams_[0], streams_[0]); });
+    EXPECT_NE(error.find("CUDA_ERROR_ILLEGAL_ADDRESS"), std::string::npos) << error;
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
+}  // namespace
+}  // namespace kt
