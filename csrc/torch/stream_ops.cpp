@@ -129,15 +129,23 @@ at::Tensor sync_on_stream(const at::Tensor& ticket, const at::Tensor& hidden_sta
   const PendingForward pending = take_pending(ticket.item<int64_t>());
   const auto* const forward = std::any_cast<StreamForward>(&pending.output);
   KT_CHECK(forward != nullptr, "the ticket is not one of submit_on_stream; give it to sync.");
-  at::Tensor output = at::empty(forward->sizes, forward->options);
+  at::Tensor output;
+  try {
+    KT_CHECK(hidden_states.sizes() == forward->sizes &&
+                 hidden_states.dtype() == forward->options.dtype(),
+             "sync_on_stream was given hidden_states of shape "
+                 << hidden_states.sizes() << ", but submit_on_stream had "
+                 << at::IntArrayRef(forward->sizes) << ".");
+    output = at::empty(forward->sizes, forward->options);
+  } catch (...) {
+    // the ticket is spent: nobody else can sync the job
+    if (forward->ticket.id != 0) forward->device->abandon(forward->ticket);
+    throw;
+  }
   if (forward->ticket.id != 0) {
     forward->device->sync(forward->ticket, output.mutable_data_ptr(), stream_of(stream),
                           stream_of(current_stream));
   }
-  KT_CHECK(hidden_states.sizes() == output.sizes() &&
-               hidden_states.scalar_type() == output.scalar_type(),
-           "sync_on_stream was given hidden_states of shape "
-               << hidden_states.sizes() << ", but submit_on_stream had " << output.sizes() << ".");
   return output;
 }
 
