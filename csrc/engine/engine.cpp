@@ -55,10 +55,15 @@ DeviceSync& Engine::device_sync(int device) {
 }
 
 void Engine::for_each_device(FunctionRef<void(DeviceSync&)> visit) {
-  const std::lock_guard<std::mutex> lock(devices_mutex_);
-  for (const auto& [device, sync] : devices_) {
-    if (sync != nullptr) visit(*sync);
+  std::vector<DeviceSync*> made;
+  {
+    const std::lock_guard<std::mutex> lock(devices_mutex_);
+    for (const auto& [device, sync] : devices_) {
+      if (sync != nullptr) made.push_back(sync.get());
+    }
   }
+  // without the lock: a visit may wait for the device, or for the GIL, whose holder wants the lock
+  for (DeviceSync* const sync : made) visit(*sync);
 }
 
 EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)

@@ -50,7 +50,7 @@ class Engine {
   // The jobs of this stream for a device, made at the first use; `device` is its ordinal.
   // Errors  kt::Error: no driver, no such device.
   DeviceSync& device_sync(int device);
-  // Calls `visit` for each that was made. Not to be nested.
+  // Calls `visit` for each that was made.
   void for_each_device(FunctionRef<void(DeviceSync&)> visit);
 
  private:

@@ -102,14 +102,15 @@ class LayerHandle {
  public:
   LayerHandle(const std::shared_ptr<Engine>& engine, const MoeConfig& config)
       : layer_(std::make_shared<EngineLayer>(engine, config)), handle_(register_layer(layer_)) {}
-  ~LayerHandle() { close_layer(handle_); }
+  ~LayerHandle() { close(); }
   LayerHandle(const LayerHandle&) = delete;
   LayerHandle& operator=(const LayerHandle&) = delete;
 
   void close() {
-    close_layer(handle_);
     std::shared_ptr<EngineLayer> last = std::move(layer_);
-    const py::gil_scoped_release release;  // its engine may go with it, and waits for its jobs
+    // its jobs are waited for, and its engine may go with it; closures of theirs may want the GIL
+    const py::gil_scoped_release release;
+    close_layer(handle_);
     last.reset();
   }
   int64_t handle() const { return handle_; }
