@@ -99,7 +99,9 @@ def padded_rows() -> dict[str, Any]:
         found["with kt"] = enabled
         parallel.attn_dp_size = 2
         found["with kt, DP attention"] = bool(decode_cuda_graph_runner.enable_num_token_non_padded())
-        parallel.attn_dp_size = 1
+        parallel.attn_dp_size, parallel.attn_cp_size = 1, 2
+        found["with kt, context parallel"] = bool(decode_cuda_graph_runner.enable_num_token_non_padded())
+        parallel.attn_cp_size = 1
         registry = cuda_graph_buffer_registry.build_decode_registry(
             device=torch.device("cpu"), max_bs=BUCKET, max_num_token=BUCKET, seq_len_fill_value=1,
             cache_loc_dtype=torch.int64, enable_num_token_non_padded=enabled, share_pool=False,

@@ -56,7 +56,7 @@ def test_padded_rows_of_a_graph_have_no_expert(release: dict[str, Any]) -> None:
     padded = release["padded"]
     assert padded["without kt"] is False
     assert padded["with kt"] is True
-    assert padded["with kt, DP attention"] is False
+    assert padded["with kt, DP attention"] is padded["with kt, context parallel"] is False
     assert padded["batch"] == padded["batch without count"] == [5]
     assert padded["ids"] == [0, 2, 0, 2, 0, -1, -1, -1]
 
@@ -463,6 +463,9 @@ def split(**changes: Any) -> SimpleNamespace:
         ({"enable_eplb": True}, "--enable-eplb does not work"),
         ({"ep_num_redundant_experts": 16}, "--ep-num-redundant-experts 16 does not work"),
         ({"enable_paged_experts": True}, "--enable-paged-experts does not work"),
+        ({"moe_dp_size": 2}, "--moe-dp-size 2 does not work"),
+        ({"dwdp_size": 4}, "--dwdp-size 4 does not work"),
+        ({"moe_dp_size": 1, "dwdp_size": 1}, None),
         ({"dp_size": 2}, "--dp-size makes 2 processes on this host"),
         ({"pp_size": 4, "nnodes": 2}, "--pp-size makes 2 processes on this host"),
         ({"moe_runner_backend": "flashinfer_trtllm"}, "--moe-runner-backend flashinfer_trtllm keeps to itself"),

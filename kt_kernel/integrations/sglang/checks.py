@@ -31,6 +31,8 @@ WATCHDOG_SECONDS = 3000  # the first forwards of a large model on a slow host ta
 # flags of SGLang that move tokens or experts to where the experts on the CPU cannot follow, and their plain values
 REFUSED_FLAGS = (
     ("moe_a2a_backend", ("none", None)),
+    ("moe_dp_size", (1, None)),  # groups of ranks with tokens of their own, and only the first has experts here
+    ("dwdp_size", (1, None)),
     ("enable_two_batch_overlap", (False, None)),
     ("enable_pdmux", (False, None)),
     ("enable_eplb", (False, None)),

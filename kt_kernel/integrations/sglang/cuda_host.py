@@ -74,7 +74,8 @@ def with_padded_rows_marked(method: Any, dispatch_output: Any) -> Any:
 def enable_num_token_non_padded(original: Callable) -> bool:
     """Tell SGLang to keep the number of real rows of each batch, which it does by itself for expert parallelism only.
 
-    Not where a layer sees the rows of several attention ranks: there the real rows are no prefix.
+    Not where a layer sees the rows of several attention ranks, or of a sequence in several parts: there the real rows
+    are no prefix.
     """
     return bool(original()) or (_some_experts_on_cpu() and _rows_are_a_prefix())
 
@@ -123,7 +124,7 @@ def _rows_are_a_prefix() -> bool:
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils.common import require_gathered_buffer
 
-    if get_parallel().attn_dp_size != 1:
+    if get_parallel().attn_dp_size != 1 or get_parallel().attn_cp_size != 1:
         return False
     takes_args = inspect.signature(require_gathered_buffer).parameters
     return not (require_gathered_buffer(get_server_args()) if takes_args else require_gathered_buffer())
