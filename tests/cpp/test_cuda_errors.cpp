@@ -1,4 +1,5 @@
-// What goes wrong in forwards that a device's stream asks for: an error, and never a wait without end.
+// What goes wrong in forwards that a device's stream asks for: an error, and never a wait without
+// end.
 #include <atomic>
 #include <thread>
 
@@ -14,8 +15,8 @@ class CudaErrors : public CudaSync {};
 
 INSTANTIATE_TEST_SUITE_P(Ways, CudaErrors, each_way(), way_name);
 
-// Of jobs that are never synced every one holds a slot. Where no more can be looked at, each further
-// submit is refused; none may go through with a slot that the CPU never looks at.
+// Of jobs that are never synced every one holds a slot. Where no more can be looked at, each
+// further submit is refused; none may go through with a slot that the CPU never looks at.
 TEST_P(CudaErrors, TooManyOutstandingJobsAreRefusedAgainAndAgain) {
   fake_cuda_set_delays(0, 0);
   StreamModel& model = this->model();
