@@ -19,7 +19,7 @@ from checkpoints import config_of, layer_tensors, random_experts, write_checkpoi
 from safetensors.torch import save_file
 
 import kt_kernel
-from kt_kernel import converter, launch_server, packed_writer
+from kt_kernel import converter, packed_writer
 from kt_kernel.config import usable_cpus
 from kt_kernel.convert_command import main
 from kt_kernel.packed_folder import read_manifest, verify
@@ -98,7 +98,7 @@ def test_threads_are_the_cpus_that_the_cgroup_grants(
     assert made == [threads, 1], "packing, and hashing the source"
     assert run(source, tmp_path / "o", "--cpuinfer-threads", "32") == 0
     assert f"--cpuinfer-threads 32 is cut to the {threads} CPUs this process may use" in caplog.text
-    assert usable_cpus() == launch_server.usable_cpus() == threads
+    assert usable_cpus() == threads
 
 
 @pytest.mark.parametrize(
