@@ -290,13 +290,16 @@ def test_an_error_of_a_job_reaches_the_caller(small: Model, device: AsyncDevice)
 
 def test_release_0_5_23_converts_a_bypassed_routing_first(small: Model, device: AsyncDevice) -> None:
     """The one step of 0.5.23's ``apply`` that 0.5.18's lacks; with 0.5.23 installed all cases here run its code."""
-    from sglang.srt.layers.moe.topk import TopKOutputFormat
+    from sglang.srt.layers.moe.topk import BypassedTopKOutput
+
+    class Bypassed(BypassedTopKOutput):
+        def to_standard(self, *_args: Any) -> Any:
+            return routed
 
     layer = small.layers[0]
     hidden = device.tensor(tokens(5))
     routed = layer.route(hidden)
-    bypassed = SimpleNamespace(format=TopKOutputFormat.BYPASSED, to_standard=lambda: routed)
-    dispatched = Replaceable(hidden_states=hidden, topk_output=bypassed)
+    dispatched = Replaceable(hidden_states=hidden, topk_output=Bypassed(hidden, routed.router_logits, None))
     if "to_standard" not in inspect.getsource(type(layer.method).apply):
         dispatched = dispatched._replace(topk_output=dispatched.topk_output.to_standard())
     found = layer.method.apply(layer, dispatched).hidden_states
