@@ -51,7 +51,6 @@ const char* find_entries(Resolver& resolver, CudaDriver& driver) {
     if (!resolver.find(name, function) && missing == nullptr) missing = name;
   };
   need("cuInit", driver.init);
-  need("cuDriverGetVersion", driver.driver_get_version);
   need("cuGetErrorName", driver.get_error_name);
   need("cuGetErrorString", driver.get_error_string);
   need("cuDeviceGet", driver.device_get);
@@ -65,7 +64,6 @@ const char* find_entries(Resolver& resolver, CudaDriver& driver) {
   need("cuMemcpyDtoHAsync", driver.memcpy_dtoh_async);
   need("cuMemcpyHtoDAsync", driver.memcpy_htod_async);
   need("cuStreamCreate", driver.stream_create);
-  need("cuStreamDestroy", driver.stream_destroy);
   need("cuStreamQuery", driver.stream_query);
   need("cuStreamWaitEvent", driver.stream_wait_event);
   need("cuStreamBeginCapture", driver.stream_begin_capture);
@@ -79,7 +77,6 @@ const char* find_entries(Resolver& resolver, CudaDriver& driver) {
   need("cuEventDestroy", driver.event_destroy);
   need("cuGraphInstantiateWithFlags", driver.graph_instantiate_with_flags);
   need("cuGraphLaunch", driver.graph_launch);
-  need("cuGraphExecDestroy", driver.graph_exec_destroy);
   need("cuGraphDestroy", driver.graph_destroy);
   driver.has_memory_operations =
       resolver.find("cuStreamWriteValue32", driver.stream_write_value32) &&

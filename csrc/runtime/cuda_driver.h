@@ -36,7 +36,6 @@ constexpr int kCuCaptureNone = 0;
 // Lifetime  the library is never unloaded.
 struct CudaDriver {
   CuResult (*init)(unsigned flags) = nullptr;
-  CuResult (*driver_get_version)(int* version) = nullptr;
   CuResult (*get_error_name)(CuResult error, const char** name) = nullptr;
   CuResult (*get_error_string)(CuResult error, const char** text) = nullptr;
   CuResult (*device_get)(CuDevice* device, int ordinal) = nullptr;
@@ -53,7 +52,6 @@ struct CudaDriver {
   CuResult (*memcpy_htod_async)(CuAddress destination, const void* source, size_t bytes,
                                 CuStream stream) = nullptr;
   CuResult (*stream_create)(CuStream* stream, unsigned flags) = nullptr;
-  CuResult (*stream_destroy)(CuStream stream) = nullptr;
   CuResult (*stream_query)(CuStream stream) = nullptr;
   CuResult (*stream_wait_event)(CuStream stream, CuEvent event, unsigned flags) = nullptr;
   CuResult (*stream_begin_capture)(CuStream stream, int mode) = nullptr;
@@ -72,7 +70,6 @@ struct CudaDriver {
   CuResult (*graph_instantiate_with_flags)(CuGraphExec* executable, CuGraph graph,
                                            unsigned long long flags) = nullptr;
   CuResult (*graph_launch)(CuGraphExec executable, CuStream stream) = nullptr;
-  CuResult (*graph_exec_destroy)(CuGraphExec executable) = nullptr;
   CuResult (*graph_destroy)(CuGraph graph) = nullptr;
 
   bool is_double = false;              // the library is the tests' stand-in (exports kt_fake_cuda)
