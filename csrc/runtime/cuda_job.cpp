@@ -12,34 +12,15 @@
 namespace kt {
 namespace {
 
-using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // As CpuStream's: what is about to happen anyway is caught without a sleep.
 constexpr int kSpinUs = 4;
-// How often the monitor looks for an arrival that is measured; the kernel's timer slack is as long.
-constexpr microseconds kArrivalPeriod{50};
-// How often a poisoned table, or one without its CPU stream, lets waits go.
-constexpr milliseconds kAnswerPeriod{1};
 constexpr int64_t kMaxSleepUs = 1'000'000;
 // How long retire() waits for eager jobs whose result is on its way: a broken context never rings.
 constexpr milliseconds kRetirePatience{10'000};
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kMeasuredOneIn = 8;
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-std::string stuck_sentence(int64_t timeout_ms, int layer_idx) {
-  std::ostringstream sentence;
-  sentence << "the device waited more than " << static_cast<double>(timeout_ms) / 1000
-           << " s (KT_SYNC_TIMEOUT) for the CPU experts of layer " << layer_idx
-           << " and was let go without them; start the server again.";
-  return sentence.str();
-}
 
 }  // namespace
 
@@ -217,7 +198,33 @@ void DeviceJobs::fail(const std::string& sentence, bool poison) {
     if (error_.empty() || (poison && !poisoned_.load())) error_ = sentence;
     if (poison) poisoned_.store(true);
   }
-  if (poison) finished_.advance();
+  if (!poison) return;
+  idle_.notify_all();
+  finished_.advance();
+}
+
+// Where no sentence can be made.
+void DeviceJobs::poison() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    poisoned_.store(true);
+  }
+  idle_.notify_all();
+  finished_.advance();
+}
+
+int64_t DeviceJobs::now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+std::string DeviceJobs::stuck_sentence(int layer_idx) const {
+  std::ostringstream sentence;
+  sentence << "the device waited more than " << static_cast<double>(timeout_ms_) / 1000
+           << " s (KT_SYNC_TIMEOUT) for the CPU experts of layer " << layer_idx
+           << " and was let go without them; start the server again.";
+  return sentence.str();
 }
 
 void DeviceJobs::check() {
@@ -377,7 +384,7 @@ void DeviceJobs::push(void* argument) {
     job.executed = true;
   } catch (...) {
     // no memory for the closure: what waits is let go
-    jobs.poisoned_.store(true);
+    jobs.poison();
   }
   job.finished.store(1, std::memory_order_release);
   jobs.finished_.advance();
@@ -388,7 +395,7 @@ void DeviceJobs::wait(void* argument) {
   try {
     job.jobs->await(job);
   } catch (...) {
-    job.jobs->poisoned_.store(true);
+    job.jobs->poison();
   }
 }
 
@@ -405,7 +412,7 @@ void DeviceJobs::await(DeviceJob& job) {
     if (timeout_ms_ > 0) {
       const int64_t left_us = timeout_ms_ * 1000 - (now_ns() - arrival) / 1000;
       if (left_us <= 0) {
-        fail(stuck_sentence(timeout_ms_, job.work.layer_idx), true);
+        fail(stuck_sentence(job.work.layer_idx), true);
         break;
       }
       sleep_us = std::min(sleep_us, left_us);
@@ -423,7 +430,7 @@ void DeviceJobs::wake(void* argument) {
   if (!jobs.closing_.load()) jobs.stream_.wake();
 }
 
-// --- the monitor and the end ---
+// --- the end ---
 
 void DeviceJobs::close() {
   {
@@ -439,62 +446,6 @@ void DeviceJobs::take_over() {
     taken_over_ = true;
   }
   monitor_wake_.notify_all();
-}
-
-void DeviceJobs::monitor() {
-  const bool limited = timeout_ms_ > 0 && way_ == SignalWay::kDoorbell;
-  const milliseconds period{limited ? std::clamp<int64_t>(timeout_ms_ / 4, 5, 1000) : 1000};
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!stopping_) {
-    if (taken_over_ || (poisoned_.load() && way_ == SignalWay::kDoorbell)) {
-      answer_all();
-      monitor_wake_.wait_for(lock, kAnswerPeriod);
-    } else if (watched_ != nullptr && watched_arrival_ns_ == 0) {
-      const bool waits = watched_->slot->arrived.load(std::memory_order_relaxed) == watched_->id;
-      if (waits) {
-        watched_arrival_ns_ = now_ns();
-      } else {
-        monitor_wake_.wait_for(lock, kArrivalPeriod);
-      }
-    } else {
-      if (limited && look_for_stuck_waits()) continue;
-      monitor_wake_.wait_for(lock, period);
-    }
-  }
-}
-
-// Under the mutex. Whether one was found.
-bool DeviceJobs::look_for_stuck_waits() {
-  const int64_t now = now_ns();
-  const int count = num_slots_.load(std::memory_order_relaxed);
-  const DeviceJob* stuck = nullptr;
-  for (int i = 0; i < count; ++i) {
-    const uint32_t id = slots_[i].load(std::memory_order_relaxed)->arrived.load();
-    // a graph that is launched again and again waits for the same job each time
-    const uint64_t runs = id >= 1 && id <= jobs_.size() ? jobs_[id - 1]->num_runs : 0;
-    if (seen_[i].id != id || seen_[i].runs != runs) seen_[i] = {id, runs, now};
-    const bool late = id != 0 && now - seen_[i].since_ns > timeout_ms_ * 1'000'000;
-    if (late && id <= jobs_.size()) stuck = jobs_[id - 1].get();
-  }
-  if (stuck == nullptr) return false;
-  error_ = stuck_sentence(timeout_ms_, stuck->work.layer_idx);
-  poisoned_.store(true);
-  return true;
-}
-
-// Under the mutex. Lets every wait go, whatever it waits for.
-void DeviceJobs::answer_all() {
-  const int count = num_slots_.load(std::memory_order_relaxed);
-  for (int i = 0; i < count; ++i) {
-    Slot& slot = *slots_[i].load(std::memory_order_relaxed);
-    const uint32_t rung = taken_over_ ? slot.req.exchange(0) : 0;
-    const uint32_t waiting = slot.arrived.load();
-    if (waiting != 0) {
-      slot.done.store(waiting, std::memory_order_release);
-    } else if (rung != 0) {
-      slot.done.store(rung, std::memory_order_release);
-    }
-  }
 }
 
 }  // namespace kt

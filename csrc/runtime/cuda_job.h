@@ -137,6 +137,11 @@ class DeviceJobs : public PolledWork {
   void measure(DeviceJob& job, int64_t arrival_ns);
   void release_if_over(DeviceJob& job);
   void recycle();
+  void poison();
+  std::string stuck_sentence(int layer_idx) const;
+  static int64_t now_ns();
+
+  // cuda_monitor.cpp
   void monitor();
   bool look_for_stuck_waits();
   void answer_all();
@@ -146,7 +151,7 @@ class DeviceJobs : public PolledWork {
   const int64_t timeout_ms_;
 
   std::mutex mutex_;
-  std::condition_variable idle_;                  // running_ became null
+  std::condition_variable idle_;                  // running_ became null, or poisoned_ was set
   std::condition_variable monitor_wake_;          // stopping_, taken_over_ or watched_ was set
   std::vector<std::unique_ptr<DeviceJob>> jobs_;  // by id - 1
   std::vector<uint32_t> free_ids_;

@@ -107,6 +107,45 @@ TEST_P(CudaErrors, WaitsBehindAStuckOneAreLetGoAtOnce) {
   cpu_.wait(cpu_.submit([] {}));
 }
 
+// The first job is watched for the arrival of its wait, which never comes; the one behind it waits.
+TEST_P(CudaErrors, AStuckWaitIsLetGoWhileAnArrivalIsLookedFor) {
+  StreamModel& model = this->model();
+  DeviceSyncOptions options = this->options();
+  options.timeout_ms = 400;
+  fake_cuda_set_deadlock_timeout(5'000);
+  DeviceSync sync(cpu_, 0, options);
+  std::atomic<bool> open{false};
+  model.on_job = [&](int) {
+    while (!open) std::this_thread::sleep_for(milliseconds(1));
+  };
+  std::vector<float> result(48);
+  model.submit(sync, 8, 0, streams_[0], streams_[0]);
+  const DeviceTicket second = model.submit(sync, 8, 1, streams_[0], streams_[0]);
+  sync.sync(second, result.data(), streams_[0], streams_[0]);
+  EXPECT_EQ(drain(), kCuSuccess) << fake_cuda_text();
+  EXPECT_NE(error_text([&] { sync.check(); }).find("KT_SYNC_TIMEOUT"), std::string::npos);
+  open = true;
+  cpu_.wait(cpu_.submit([] {}));
+}
+
+// A layer that is closed while its job cannot end any more: 10 s of patience are for other cases.
+TEST_P(CudaErrors, RetiringALayerEndsWhenTheTableIsPoisoned) {
+  StreamModel& model = this->model();
+  Slot slot(double_driver(), {6, 2, DType::kFloat32}, 8);
+  DeviceJobs jobs(cpu_, GetParam(), 0);
+  DeviceWork work;
+  work.owner = &model;
+  jobs.set_synced(jobs.add(slot, work, false));
+  const auto start = std::chrono::steady_clock::now();
+  std::thread other([&] {
+    std::this_thread::sleep_for(milliseconds(300));
+    jobs.fail("broken.", true);
+  });
+  jobs.retire(&model);
+  other.join();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(8));
+}
+
 TEST_P(CudaErrors, ALongPauseBetweenLaunchesIsNoStuckWait) {
   StreamModel& model = this->model({.num_layers = 1});
   DeviceSyncOptions options = this->options();
