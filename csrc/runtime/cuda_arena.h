@@ -66,7 +66,7 @@ struct Slot {
   // Of the enqueuing side, guarded by its mutex:
   bool polled = false;             // the CPU side looks at req
   bool held = false;               // submitted, its sync not enqueued yet
-  bool stranded = false;           // a device may still ring or wait for a job that nobody syncs
+  bool stranded = false;           // a device may still use it for a job that nobody syncs
   CuStream last_stream = nullptr;  // of the last eager sync
   bool has_last_use = false;       // last_use was recorded, on last_stream
   CuEvent last_use = nullptr;      // behind the copy of the last eager result

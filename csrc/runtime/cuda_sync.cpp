@@ -194,14 +194,16 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
   DeviceJob& job = jobs_->add(*slot, std::move(work), captured);
   job.output_bytes = hidden_bytes(input);
   slot->held = true;
-  bool rung = false;
+  Submitted reached = Submitted::kNothing;
   try {
-    enqueue_submit(input, job, stream, current);
-    rung = true;
-    if (captured) ++arena.num_captured;
+    enqueue_submit(input, job, stream, current, reached);
     order(stream, current);
   } catch (const Error&) {
-    slot->stranded = rung && captured;
+    const bool rung = reached == Submitted::kRung;
+    // copies, or a call of wake(), that no job of this table tells the end of: the slot is nobody's
+    // from now on, and what has a stranded slot is never freed
+    slot->stranded = reached == Submitted::kPart || (rung && captured);
+    if (captured && reached != Submitted::kNothing) ++arena.num_captured;
     if (rung) {
       abandoned_.push_back(slot);
     } else {
@@ -210,18 +212,21 @@ DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStr
     jobs_->abandon(job, rung);
     throw;
   }
+  if (captured) ++arena.num_captured;
   last_layer_ = job.work.layer_idx;
   return {job.id, job.serial};
 }
 
+// `reached` is told also where it throws.
 void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream,
-                                CuStream current) {
+                                CuStream current, Submitted& reached) {
   Slot& slot = *job.slot;
   order(current, stream);
   if (way() == SignalWay::kDoorbell && job.work.layer_idx <= last_layer_) {
     // the first layer of a pass: the CPU stream's thread may be asleep
     check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::wake, jobs_.get()),
                "cuLaunchHostFunc");
+    reached = Submitted::kPart;
   }
   if (!job.captured && slot.has_last_use && slot.last_stream != stream) {
     check_cuda(driver_, driver_.stream_wait_event(stream, slot.last_use, 0), "cuStreamWaitEvent");
@@ -230,6 +235,7 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
   const auto copy = [&](void* to, const void* from, size_t bytes) {
     check_cuda(driver_, driver_.memcpy_dtoh_async(to, address(from), bytes, stream),
                "cuMemcpyDtoHAsync");
+    reached = Submitted::kPart;
   };
   copy(slot.buffers.hidden_states, input.hidden_states, hidden_bytes(input));
   copy(slot.buffers.topk_ids, input.topk_ids, routes * dtype_bits(input.id_dtype) / 8);
@@ -242,6 +248,7 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
     check_cuda(driver_, driver_.launch_host_func(stream, &DeviceJobs::push, &job),
                "cuLaunchHostFunc");
   }
+  reached = Submitted::kRung;
 }
 
 void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream, CuStream current) {

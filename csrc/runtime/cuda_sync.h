@@ -134,11 +134,16 @@ class DeviceSync {
   size_t num_arenas() const;
 
  private:
+  // How much of a submit is in the stream. kPart: something that refers to the slot or to the
+  // jobs, but not the signal.
+  enum class Submitted { kNothing, kPart, kRung };
+
   Arena& arena_for(const ArenaShape& shape, int num_tokens, bool captured);
   void free_unused(const ArenaShape* shape);
   void give_up(DeviceJob& job);
   void order(CuStream before, CuStream after);
-  void enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream, CuStream current);
+  void enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStream stream, CuStream current,
+                      Submitted& reached);
   void enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuStream current);
   bool is_capturing(CuStream stream, CuStream current);
   bool drained();

@@ -173,6 +173,56 @@ TEST_P(CudaErrors, AnErrorOfTheDriverIsASentenceAndTheNextPassIsRight) {
   }
 }
 
+// A copy of a submit that failed is still to come: nobody else gets its slot, and nothing frees it.
+TEST_P(CudaErrors, ASlotThatACopyMayStillWriteIsNobodys) {
+  fake_cuda_set_delays(0, 0);
+  StreamModel& model = this->model();
+  std::vector<float> result(48);
+  uint64_t one_slot = 0;
+  {
+    DeviceSync sync(cpu_, 0, options());
+    const uint64_t before = fake_cuda_host_bytes();
+    fake_cuda_pause(streams_[0]);
+    fake_cuda_fail_call("cuMemcpyDtoHAsync_v2", 2, 2);
+    EXPECT_NE(error_text([&] { model.submit(sync, 8, 0, streams_[0], streams_[0]); }), "");
+    one_slot = fake_cuda_host_bytes() - before;
+    ASSERT_GT(one_slot, 0u);
+    sync.clear();
+    EXPECT_EQ(fake_cuda_host_bytes(), before + one_slot);
+    DeviceTicket tickets[2];
+    for (const int layer : {1, 0}) {
+      tickets[layer] = model.submit(sync, 8, layer, streams_[1], streams_[1]);
+    }
+    for (const int layer : {1, 0}) {
+      sync.sync(tickets[layer], result.data(), streams_[1], streams_[1]);
+    }
+    EXPECT_EQ(fake_cuda_host_bytes(), before + 3 * one_slot);
+    ASSERT_EQ(drain(1), kCuSuccess);
+  }
+  EXPECT_GE(fake_cuda_host_bytes(), one_slot);
+  fake_cuda_resume(streams_[0]);
+  ASSERT_EQ(drain(), kCuSuccess);
+}
+
+// The graph keeps a copy, and with doorbells the call that wakes the CPU stream.
+TEST_P(CudaErrors, AGraphOfAFailedSubmitMayBeLaunchedAfterTheEnd) {
+  StreamModel& model = this->model();
+  CuGraphExec graph = nullptr;
+  uint64_t pinned = 0;
+  {
+    DeviceSync sync(cpu_, 0, options());
+    graph = capture([&] {
+      fake_cuda_fail_call("cuMemcpyDtoHAsync_v2", 2, 2);
+      EXPECT_NE(error_text([&] { model.submit(sync, 8, 0, streams_[0], streams_[0]); }), "");
+    });
+    pinned = fake_cuda_host_bytes();
+    sync.clear();
+  }
+  EXPECT_EQ(fake_cuda_host_bytes(), pinned);
+  launch(graph);
+  EXPECT_EQ(drain(), kCuSuccess);
+}
+
 // The wait is in the stream, the copy behind it is refused: the device must not wait for ever.
 TEST_P(CudaErrors, AnErrorBehindTheWaitLeavesNoWait) {
   StreamModel& model = this->model();
