@@ -233,13 +233,16 @@ int64_t add_pending(PendingForward pending) {
   return table.next_ticket++;
 }
 
-PendingForward take_pending(int64_t ticket) {
+PendingForward take_pending(int64_t ticket, std::string_view fetched_by) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);
   const auto found = table.pending.find(ticket);
   KT_CHECK(found != table.pending.end(),
            "ticket " << ticket
                      << " was already fetched by sync, never given out, or its layer was closed.");
+  KT_CHECK(found->second.fetched_by == fetched_by, "ticket " << ticket << " is not one for "
+                                                             << fetched_by << "; give it to "
+                                                             << found->second.fetched_by << ".");
   PendingForward pending = std::move(found->second);
   table.pending.erase(found);
   return pending;

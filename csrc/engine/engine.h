@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/span.h"
@@ -132,18 +133,20 @@ std::shared_ptr<EngineLayer> find_layer(int64_t handle);
 // nothing.
 void close_layer(int64_t handle);
 
-// A forward that was submitted to the stream and not yet fetched. `output` is the caller's.
+// A forward that was submitted to the stream and not yet fetched. `output` is the caller's, and
+// `fetched_by` the operator that may take it.
 struct PendingForward {
   std::shared_ptr<EngineLayer> layer;
   uint64_t stream_ticket = 0;  // 0: a device asks for the forward
   std::any output;
+  std::string_view fetched_by = "sync";  // a literal
 };
 
 // Keeps a forward until it is taken, or its layer closed; the tickets of all layers are distinct.
 // Thread-safe.
 int64_t add_pending(PendingForward pending);
 // Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was
-//         closed.
-PendingForward take_pending(int64_t ticket);
+//         closed. For one that another operator fetches: the ticket is good for that one still.
+PendingForward take_pending(int64_t ticket, std::string_view fetched_by = "sync");
 
 }  // namespace kt

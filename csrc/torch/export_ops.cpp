@@ -33,11 +33,11 @@ int64_t write_expert_to(int64_t layer, int64_t expert, int64_t tp_count, at::Int
   WorkerPool* const pool = &target->engine->pool();
   const uint64_t stream_ticket = target->engine->stream().submit(
       [&store, pool, request] { write_expert(store, *pool, request); });
-  return add_pending({std::move(target), stream_ticket, {}});
+  return add_pending({std::move(target), stream_ticket, {}, "wait_written"});
 }
 
 void wait_written(int64_t ticket) {
-  const PendingForward pending = take_pending(ticket);
+  const PendingForward pending = take_pending(ticket, "wait_written");
   pending.layer->engine->stream().wait(pending.stream_ticket);
 }
 

@@ -118,7 +118,7 @@ at::Tensor submit_on_stream(const at::Tensor& hidden_states, const at::Tensor& t
     forward.ticket = forward.device->submit(input, device_work(*target, input, skip),
                                             stream_of(stream), stream_of(current_stream));
   }
-  const int64_t ticket = add_pending({std::move(target), 0, std::move(forward)});
+  const int64_t ticket = add_pending({std::move(target), 0, std::move(forward), "sync_on_stream"});
   return at::scalar_tensor(ticket, at::kLong).reshape({1});
 }
 
@@ -126,9 +126,8 @@ at::Tensor sync_on_stream(const at::Tensor& ticket, const at::Tensor& hidden_sta
                           int64_t current_stream) {
   KT_CHECK(ticket.numel() == 1 && ticket.scalar_type() == at::kLong && ticket.is_cpu(),
            "ticket must be the tensor that submit_on_stream returned.");
-  const PendingForward pending = take_pending(ticket.item<int64_t>());
+  const PendingForward pending = take_pending(ticket.item<int64_t>(), "sync_on_stream");
   const auto* const forward = std::any_cast<StreamForward>(&pending.output);
-  KT_CHECK(forward != nullptr, "the ticket is not one of submit_on_stream; give it to sync.");
   at::Tensor output;
   try {
     KT_CHECK(hidden_states.sizes() == forward->sizes &&

@@ -97,6 +97,11 @@ TEST(Pending, AreTakenOnce) {
   EXPECT_EQ(std::any_cast<int>(take_pending(second).output), 2);
   EXPECT_EQ(std::any_cast<int>(take_pending(first).output), 1);
   EXPECT_THROW(take_pending(first), Error);
+  // another operator's ticket is refused, and not spent
+  const int64_t other = add_pending({layer, engine->stream().submit([] {}), 3, "wait_written"});
+  EXPECT_THROW(take_pending(other), Error);
+  EXPECT_THROW(take_pending(other, "sync_on_stream"), Error);
+  EXPECT_EQ(std::any_cast<int>(take_pending(other, "wait_written").output), 3);
 }
 
 TEST(Pending, ClosingALayerWaitsForItsForwardsAndDropsThem) {
