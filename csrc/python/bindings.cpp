@@ -187,6 +187,29 @@ py::dict device_driver_dict() {
   return out;
 }
 
+// Whoever drops the last reference waits for the engine's devices and threads, seconds maybe, and
+// these may want the GIL. Not where the interpreter ends: a thread that asks for the GIL then is
+// ended in the middle of what it does.
+void delete_engine(Engine* engine) {
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool ends = !Py_IsInitialized() || Py_IsFinalizing();
+#else
+  const bool ends = !Py_IsInitialized() || _Py_IsFinalizing();
+#endif
+  if (ends || !PyGILState_Check()) {
+    delete engine;
+    return;
+  }
+  const py::gil_scoped_release release;
+  delete engine;
+}
+
+std::shared_ptr<Engine> make_engine(int num_threads, int num_nodes,
+                                    const std::vector<int>& node_ids) {
+  const py::gil_scoped_release release;
+  return {new Engine(num_threads, num_nodes, node_ids), &delete_engine};
+}
+
 void check_devices(Engine& engine) {
   engine.for_each_device([](DeviceSync& device) { device.check(); });
 }
@@ -235,9 +258,8 @@ py::dict pages_dict(const LayerHandle& handle) {
 void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(
       m, "Engine", "A worker pool and the in-order stream that feeds it.")
-      .def(py::init<int, int, const std::vector<int>&>(), py::arg("num_threads") = 0,
-           py::arg("num_nodes") = 0, py::arg("node_ids") = std::vector<int>{},
-           py::call_guard<py::gil_scoped_release>())
+      .def(py::init(&make_engine), py::arg("num_threads") = 0, py::arg("num_nodes") = 0,
+           py::arg("node_ids") = std::vector<int>{})
       .def_property_readonly("num_threads",
                              [](Engine& engine) { return engine.pool().num_threads(); })
       .def_property_readonly("num_nodes", [](Engine& engine) { return engine.pool().num_nodes(); })

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from async_device import AsyncDevice, FakeStream, calls, captured
 from device_model import E, K, Model, answer, on_host, tokens
 
+from kt_kernel import _ext
 from kt_kernel.integrations.sglang import cuda_host
+from kt_kernel.methods import METHODS
 
 pytest_plugins = ("async_device",)
 
@@ -286,6 +290,35 @@ def test_an_error_of_a_job_reaches_the_caller(small: Model, device: AsyncDevice)
     with on_host():
         expected = wrapper.forward(tokens(2), torch.tensor([[0, 5]] * 2), torch.ones(2, K), 0)
     assert torch.equal(output.cpu(), expected)
+
+
+def test_other_threads_run_while_the_last_of_an_engine_is_dropped(device: AsyncDevice) -> None:
+    """The stream does not drain, so the engine's end takes its 2 s; the host must not stand still for them."""
+    engine = _ext.Engine(num_threads=1, num_nodes=1)
+    layer = _ext.Layer(engine, 0, E, K, 256, 256, METHODS["AMXINT8"].layout, list(range(E)))
+    hidden = device.tensor(torch.zeros(1, 256, dtype=torch.bfloat16))
+    ids, weights = device.tensor(torch.zeros(1, K, dtype=torch.int64)), device.tensor(torch.ones(1, K))
+    stream = torch.cuda.current_stream().cuda_stream
+    device.stream.pause()
+    torch.ops.kt_kernel.submit_on_stream(hidden, ids, weights, None, layer.handle, stream, stream)
+    layer.close()
+    ended = threading.Event()
+    ticks = []
+
+    def tick() -> None:
+        while not ended.wait(0.01):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.monotonic()
+    del layer, engine
+    end = time.monotonic()
+    ended.set()
+    thread.join()
+    device.stream.resume()
+    assert end - start > 1
+    assert sum(start < moment < end for moment in ticks) > 10
 
 
 def test_release_0_5_23_converts_a_bypassed_routing_first(small: Model, device: AsyncDevice) -> None:
