@@ -99,9 +99,10 @@ OPERATORS = """
         assert driver.cuStreamSynchronize(stream) == 0
         assert torch.equal(result, answer)
         assert jobs() == call, jobs()
+    # without tokens: opcheck's copies of the inputs are gone before the double's stream reads them
     torch.library.opcheck(
         torch.ops.kt_kernel.submit_on_stream.default,
-        (hidden, ids, weights, skip, layer, handle, handle),
+        (hidden[:0], ids[:0], weights[:0], skip, layer, handle, handle),
         test_utils=("test_schema", "test_faketensor"),
     )
     assert driver.cuStreamSynchronize(stream) == 0
