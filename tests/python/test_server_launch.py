@@ -85,11 +85,11 @@ REFUSALS = {
     "pipeline": (["--kt-weight-path", "WEIGHTS", "--pp-size", "2"], ["--pp-size makes 2 processes on this host"]),
     "runner_without_ids": (
         ["--kt-weight-path", "WEIGHTS", "--moe-runner-backend", "triton_kernel"],
-        ["--moe-runner-backend triton_kernel", "auto, triton, marlin"],
+        ["--moe-runner-backend triton_kernel", "give triton or marlin"],
     ),
     "runner_that_routes": (
         ["--kt-weight-path", "WEIGHTS", "--moe-runner-backend", "flashinfer_trtllm"],
-        ["--moe-runner-backend flashinfer_trtllm", "auto, triton, marlin"],
+        ["--moe-runner-backend flashinfer_trtllm", "give triton or marlin"],
     ),
     "too_little_memory": (
         ["--kt-weight-path", "HUGE", "--model-path", "HUGE"],
