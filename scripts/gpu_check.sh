@@ -95,6 +95,10 @@ if [[ -n $double ]]; then
   library=$(ls build/test/libfake_cuda.so 2>/dev/null) || fail "build/test/libfake_cuda.so is missing; scripts/test.sh builds it"
   export KT_CUDA_DRIVER=$PWD/$library
 else
+  "$python" -c 'import pybind11, pytest, torch' 2>/dev/null ||
+    fail "$python lacks torch, pybind11 or pytest; set PYTHON to the interpreter that has them"
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail "torch of $python sees no CUDA device; run this on a machine that has one, or with --double"
   step "build" build
   ((failed == 0)) || fail "the build failed; its log is $folder/build.log"
 fi
@@ -114,11 +118,11 @@ if [[ -z $double ]]; then
   fi
   step "machine" "$python" -m kt_kernel.collect_env
   commit=$(git rev-parse --short HEAD 2>/dev/null || cat .gpu/commit)
-  "$python" tests/gpu/report.py "$folder" "$commit" >"$folder/page"
+  # a step that failed may have left no figures: what there is comes back all the same
+  [[ -z ${OUT:-} ]] || tar -C "$folder" --exclude build -czf "$OUT/logs.tar.gz" .
+  "$python" tests/gpu/report.py "$folder" "$commit" >"$folder/page" ||
+    fail "figures are missing; see the steps above and the logs in $folder"
   cp "$folder/page" docs/gpu-results.md
-  if [[ -n ${OUT:-} ]]; then
-    tar -C "$folder" --exclude build -czf "$OUT/logs.tar.gz" .
-    cp docs/gpu-results.md "$OUT/"
-  fi
+  [[ -z ${OUT:-} ]] || cp docs/gpu-results.md "$OUT/"
 fi
 exit "$failed"
