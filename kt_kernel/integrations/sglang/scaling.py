@@ -34,8 +34,8 @@ class Applied(Enum):
 class Rule:
     """One model class.
 
-    ``sources`` are the dotted names whose text the decision was read in; ``digests`` what :func:`source_digest` gives
-    for them, by the SGLang release that has this text.
+    ``sources`` are the dotted names whose text the decision was read in, the class first; ``digests`` what
+    :func:`source_digest` gives for them, by the SGLang release that has this text.
     """
 
     applied: Applied
@@ -43,48 +43,49 @@ class Rule:
     digests: dict[str, str]
 
 
-RULES: dict[str, Rule] = {
-    MODELS + "deepseek_v2.DeepseekV2MoE": Rule(
+_RULES = (
+    Rule(
         Applied.MODEL,
         (MODELS + "deepseek_v2.DeepseekV2MoE", SHARED_ADD),
         {"0.5.18": "a96dc1c2152728ae", "0.5.23": "844742d84a772344"},
     ),
-    MODELS + "glm4_moe.Glm4MoeSparseMoeBlock": Rule(
+    Rule(
         Applied.LAYER_ALONE,
         (MODELS + "glm4_moe.Glm4MoeSparseMoeBlock",),
         {"0.5.18": "622c98384540a699", "0.5.23": "683953928e0aff80"},
     ),
-    MODELS + "glm4_moe_lite.Glm4MoeLiteSparseMoeBlock": Rule(
+    Rule(
         Applied.LAYER_ALONE,
         (MODELS + "glm4_moe_lite.Glm4MoeLiteSparseMoeBlock",),
         {"0.5.18": "928dc7d877aa43ef", "0.5.23": "c2b585592ad90f81"},
     ),
-    MODELS + "kimi_linear.KimiMoE": Rule(
+    Rule(
         Applied.LAYER,
         (MODELS + "kimi_linear.KimiMoE",),
         {"0.5.18": "153205fc89703c71", "0.5.23": "ba8c2ecbc4b17f8e"},
     ),
-    MODELS + "bailing_moe.BailingMoESparseMoeBlock": Rule(
+    Rule(
         Applied.LAYER,
         (MODELS + "bailing_moe.BailingMoESparseMoeBlock",),
         {"0.5.18": "2321edf691b9c5c3", "0.5.23": "2db8bf2572462e30"},
     ),
-    MODELS + "bailing_moe_linear.BailingMoE": Rule(
+    Rule(
         Applied.LAYER,
         (MODELS + "bailing_moe_linear.BailingMoE",),
         {"0.5.18": "a9d48cf9853d670e", "0.5.23": "6bd74e1f8b6ae07e"},
     ),
-    MODELS + "bailing_moe_v3.BailingMoE": Rule(
+    Rule(
         Applied.LAYER,
         (MODELS + "bailing_moe_v3.BailingMoE",),
         {"0.5.23": "55128757e1b82e74"},
     ),
-    MODELS + "llada2.LLaDA2MoeSparseMoeBlock": Rule(
+    Rule(
         Applied.LAYER,
         (MODELS + "llada2.LLaDA2MoeSparseMoeBlock",),
         {"0.5.18": "88f4bdb8de99c459", "0.5.23": "f358f141b0072209"},
     ),
-}
+)
+RULES: dict[str, Rule] = {rule.sources[0]: rule for rule in _RULES}
 
 
 def take_factor(method: Any, layer: nn.Module, moe_runner_config: Any) -> None:
