@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_kl import BASE, WINDOW, Score, windows
+from measure_kl import BASE, WINDOW, Score, load_experts, windows
 from torch import Tensor, nn
 
 from kt_kernel import KTMoEWrapper
@@ -82,17 +82,7 @@ def load_model(folder: Path, threads: int | None) -> tuple[nn.Module, Deferral]:
     config: Any = model.config
     state = Deferral()
     for i, layer in enumerate(model.model.layers):
-        wrapper = KTMoEWrapper(
-            layer_idx=i,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            moe_intermediate_size=config.moe_intermediate_size,
-            cpuinfer_threads=threads,
-            weight_path=str(folder),
-            method=BASE,
-        )
-        wrapper.load_weights()
+        wrapper = load_experts(i, config, folder, BASE, threads)
         layer.mlp.experts = DeferringMoe(wrapper, state, is_first=i == 0, is_last=i + 1 == len(model.model.layers))
     return model, state
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kt_kernel import KTMoEWrapper
+
 WINDOW = 512
 BASE = "BF16"
 KL_LIMITS = {"AMXINT8": 0.007, "AMXINT4": 0.27}
@@ -37,29 +39,29 @@ def english_text() -> str:
     return "\n\n".join(text for _, text in sorted(topics.items()))
 
 
+def load_experts(layer_idx: int, config: Any, folder: Path, method: str, threads: int | None) -> KTMoEWrapper:
+    """Return the experts of one layer, loaded from the model's folder."""
+    wrapper = KTMoEWrapper(
+        layer_idx=layer_idx,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        hidden_size=config.hidden_size,
+        moe_intermediate_size=config.moe_intermediate_size,
+        cpuinfer_threads=threads,
+        weight_path=str(folder),
+        method=method,
+    )
+    wrapper.load_weights()
+    return wrapper
+
+
 class CpuMoe(nn.Module):
     """Stands in for the experts of one layer; ``method`` says whose output counts."""
 
     def __init__(self, layer_idx: int, config: Any, folder: Path, methods: list[str], threads: int | None) -> None:
         super().__init__()
-        from kt_kernel import KTMoEWrapper
-
         self.method = methods[0]
-        self.wrappers = {
-            method: KTMoEWrapper(
-                layer_idx=layer_idx,
-                num_experts=config.num_experts,
-                num_experts_per_tok=config.num_experts_per_tok,
-                hidden_size=config.hidden_size,
-                moe_intermediate_size=config.moe_intermediate_size,
-                cpuinfer_threads=threads,
-                weight_path=str(folder),
-                method=method,
-            )
-            for method in methods
-        }
-        for wrapper in self.wrappers.values():
-            wrapper.load_weights()
+        self.wrappers = {method: load_experts(layer_idx, config, folder, method, threads) for method in methods}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the routed experts: ``[num_tokens, hidden_size]``, fp32."""
