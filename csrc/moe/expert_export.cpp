@@ -7,13 +7,13 @@
 #include "base/check.h"
 #include "base/dtype.h"
 #include "base/span.h"
+#include "format/packed_layout.h"
 #include "format/quantize.h"
 
 namespace kt {
 namespace {
 
-constexpr int kColumns = 64;  // output features of a panel
-constexpr int kHalf = 32;     // of them gate, then up, in w13
+constexpr int kHalf = kPackedColumns / 2;  // columns of a w13 panel: gate, then up
 
 void round_row(const float* src, int64_t count, uint16_t* dst) {
   for (int64_t i = 0; i < count; ++i) dst[i] = float_to_bf16(src[i]);
@@ -24,7 +24,7 @@ void write_w13_rows(const MoeConfig& config, const ExpertExport& request, int64_
                     const float* rows) {
   const int64_t hidden = config.hidden_size;
   const int64_t rank_rows = config.intermediate_size / static_cast<int64_t>(request.w13.size());
-  for (int column = 0; column < kColumns; ++column) {
+  for (int column = 0; column < kPackedColumns; ++column) {
     const int64_t feature = p * kHalf + column % kHalf;
     if (feature >= config.intermediate_size) continue;
     const int64_t row = feature % rank_rows + (column < kHalf ? 0 : rank_rows);
@@ -36,8 +36,8 @@ void write_w13_rows(const MoeConfig& config, const ExpertExport& request, int64_
 void write_w2_rows(const MoeConfig& config, const ExpertExport& request, int64_t p,
                    const float* rows) {
   const int64_t rank_columns = config.intermediate_size / static_cast<int64_t>(request.w2.size());
-  const int64_t first = p * kColumns;
-  const int64_t count = std::min<int64_t>(kColumns, config.hidden_size - first);
+  const int64_t first = p * kPackedColumns;
+  const int64_t count = std::min<int64_t>(kPackedColumns, config.hidden_size - first);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = rows + i * config.intermediate_size;
     for (uint16_t* const rank : request.w2) {
@@ -92,7 +92,7 @@ void write_expert(const ExpertStore& store, WorkerPool& pool, const ExpertExport
   const auto body = [&](const Worker& worker) {
     const int64_t widest = std::max(config.hidden_size, config.intermediate_size);
     const auto rows =
-        std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kColumns * widest));
+        std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kPackedColumns * widest));
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
       const bool is_w13 = projection == Projection::kW13;
       const IndexRange panels = store.node_panels(projection, worker.node);
