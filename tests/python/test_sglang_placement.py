@@ -7,6 +7,8 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,6 +60,25 @@ class Experts(nn.Module):
         self.layer_id = layer_id
 
 
+class Recorder:
+    """SGLang's ExpertDistributionRecorder while it records."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._disabled = False
+
+    @contextmanager
+    def disable_this_region(self) -> Iterator[None]:
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def on_select_experts(self, topk_ids: Tensor) -> None:
+        self.num_tokens += 0 if self._disabled else len(topk_ids)
+
+
 class Router(nn.Module):
     """A TopK that applies the map in force `times` times, as releases do (0 or 1) and as none may (2)."""
 
@@ -71,6 +92,7 @@ class Router(nn.Module):
         weights, ids = router_logits.topk(TOP_K, dim=-1)
         for _ in range(self.times):
             ids = placement_modules().current.logical_to_all_physical_map[self.layer_id][ids, 0]
+        placement_modules().recorder.on_select_experts(ids)
         return Output(weights, ids.int())
 
     def forward(self, *args: Any, **kwargs: Any) -> Output:
@@ -93,7 +115,8 @@ def sglang_with_map(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stand-ins of SGLang's modules, CYCLE in force; returns the module that holds it as `current`."""
     names = (
         "sglang", "sglang.srt", "sglang.srt.eplb", "sglang.srt.eplb.expert_location",
-        "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.layers", "sglang.srt.layers.moe",
+        "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.eplb.expert_distribution", "sglang.srt.layers",
+        "sglang.srt.layers.moe",
         "sglang.srt.layers.moe.topk", "sglang.srt.layers.moe.fused_moe_triton",
         "sglang.srt.layers.moe.fused_moe_triton.layer", "sglang.srt.runtime_context",
     )  # fmt: skip
@@ -117,6 +140,8 @@ def sglang_with_map(monkeypatch: pytest.MonkeyPatch) -> Any:
         def init_new(cls, layer_id: int) -> Any:
             return cls(partial_logical_to_all_physical_map=location.current.logical_to_all_physical_map[layer_id])
 
+    location.recorder = Recorder()
+    modules["sglang.srt.eplb.expert_distribution"].get_global_expert_distribution_recorder = lambda: location.recorder
     dispatch = modules["sglang.srt.eplb.expert_location_dispatch"]
     dispatch.ExpertLocationDispatchInfo = Info
     dispatch.topk_ids_logical_to_physical = lambda ids, info: info.partial_logical_to_all_physical_map[ids, 0].to(
@@ -149,6 +174,15 @@ def test_ids_become_slots_once(
     assert placement.install(model, sglang_with_map.current) == remapped
     check_ids(model)
     assert torch.equal(sglang_with_map.current.physical_to_logical_map, CYCLE), "the map in force is back"
+
+
+def test_the_tokens_of_the_trial_are_not_recorded(sglang_with_map: Any) -> None:
+    """SGLang's recorder may record since the start (``--expert-balancedness-report-mode``)."""
+    model = model_of()
+    placement.install(model, sglang_with_map.current)
+    assert sglang_with_map.recorder.num_tokens == 0
+    check_ids(model)
+    assert sglang_with_map.recorder.num_tokens == 50 * NUM_LAYERS, "what comes later is recorded"
 
 
 def test_a_remap_applied_twice_is_found(sglang_with_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:

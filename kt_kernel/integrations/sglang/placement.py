@@ -194,13 +194,17 @@ def _chosen(router: nn.Module, layer_id: int, metadata: Any, *, shift: int) -> t
     """Ids that a router gives for random logits while expert e is in slot ``(e + shift) % E``, ascending in each row,
     and the names of all that it gives.
     """
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+
     device = metadata.physical_to_logical_map.device
     num_experts = metadata.num_logical_experts
     generator = torch.Generator().manual_seed(layer_id)
     ranks = torch.stack([torch.randperm(num_experts, generator=generator) for _ in range(PROBE_TOKENS)])
     logits = ranks * (8 / num_experts) - 4  # distinct, also after a sigmoid
     hidden = torch.zeros(PROBE_TOKENS, 64, dtype=torch.get_default_dtype(), device=device)
-    with location_in_force(shifted_metadata(metadata, shift)):
+    recorder = get_global_expert_distribution_recorder()
+    # a recorder that records from the start must not count these tokens, whose layer it is not told either
+    with location_in_force(shifted_metadata(metadata, shift)), recorder.disable_this_region():
         try:
             output = router(hidden, logits.to(device))
         except Exception as error:
