@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from kt_kernel import _ext, ops
+from kt_kernel.bench import conditions
 from kt_kernel.bench.shapes import SHAPES, Shape
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
 from kt_kernel.methods import METHODS, Method, get_method
 
-# A run whose calibration moved by more than this between its start and its end says nothing.
-MAX_DRIFT = 0.07
 # Weights must not fit the last-level cache, and everything must fit the machine.
 MAX_WEIGHT_BYTES = 3 << 30
 # Relative rms error against fp32 on the same weights before quantization. Derived in tests/cpp/test_moe_layer.cpp; here
@@ -92,13 +88,10 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_table(result)
-    if result["drift"] > MAX_DRIFT:
-        print(
-            f"thrown away: the calibration moved by {100 * result['drift']:.0f} % during the run, more than "
-            f"{100 * MAX_DRIFT:.0f} %; run it again on a quieter machine.",
-            file=sys.stderr,
-        )
-        return 3
+    thrown_away = conditions.refuse_drift(result["drift"])
+    if thrown_away is not None:
+        print(thrown_away, file=sys.stderr)
+        return conditions.EXIT_NOT_QUIET
     return 0
 
 
@@ -176,14 +169,12 @@ def measure(experts: CpuExperts, shape: Shape, token_counts: list[int], rounds: 
             )
     peak = statistics.median(peaks)
     rows = [asdict(summarize(tokens, samples[tokens], shape, reads, peak)) for tokens in token_counts]
-    first, last = reads[: max(rounds // 4, 1)], reads[-max(rounds // 4, 1) :]
-    drift = abs(statistics.median(first) / statistics.median(last) - 1)
     return {
         "rows": rows,
         "read_gb_per_s": statistics.median(reads) / 1e9,
         "peak_gops": peak / 1e9,
         "dispatch_ns": experts.engine.probe_dispatch(),
-        "drift": drift,
+        "drift": conditions.drift(reads),
     }
 
 
@@ -231,21 +222,11 @@ def describe(args: argparse.Namespace, shape: Shape, experts: CpuExperts, error:
         "kernels": experts.layer.explain,
         "relative_error": error,
         "huge_page_share": pages["huge_bytes"] / max(pages["resident_bytes"], 1),
-        "machine": f"{_ext.cpu_features()['cpu_name']}, {platform.system()} {platform.release()}",
-        "commit": commit(),
+        "machine": conditions.machine(),
+        "commit": conditions.commit(),
         "command": f"python -m kt_kernel.bench layer --method {args.method} --shape {args.shape} "
         f"--tokens {args.tokens} --threads {args.threads} --rounds {args.rounds}",
     }
-
-
-def commit() -> str:
-    """Commit of the source tree this package runs from, or "" (installed from a wheel, or there is no git)."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git on this machine
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def print_table(result: dict) -> None:

@@ -1,4 +1,4 @@
-"""The layer bench: its arithmetic, and one short real run."""
+"""The benches: their arithmetic, and one short real run of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kt_kernel.bench import layer
+from kt_kernel.bench import conditions, layer
 from kt_kernel.bench.shapes import SHAPES, Shape
 
 
@@ -60,4 +60,18 @@ def test_bad_arguments_are_one_sentence():
 
 def test_the_commit_is_empty_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert layer.commit() == ""
+    assert conditions.commit() == ""
+
+
+def test_a_run_is_thrown_away_when_its_calibration_moved():
+    assert conditions.refuse_drift(conditions.drift([10.0, 11.0, 9.0, 20.0, 10.0, 10.0, 10.0, 10.5])) is None
+    moved = conditions.drift([10.0] * 6 + [9.0, 9.0])
+    assert moved == pytest.approx(1 / 9)
+    assert conditions.refuse_drift(moved).startswith("thrown away: the calibration moved by 11 % during the run")
+
+
+@pytest.mark.parametrize("text", ["", "1,", "1,zero", "0,1", "-3"])
+def test_lists_of_numbers_are_refused_in_one_sentence(text):
+    assert conditions.positive_numbers("--m", "1,16") == [1, 16]
+    with pytest.raises(ValueError, match=f"^--m {text} must be positive numbers, comma separated.$"):
+        conditions.positive_numbers("--m", text)

@@ -1,0 +1,58 @@
+"""What every bench says of its run: the machine, the commit, and whether the calibration held still."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from kt_kernel import _ext
+
+# A run whose calibration moved by more than this between its start and its end says nothing.
+MAX_DRIFT = 0.07
+# Exit code of such a run. Its result is printed anyway.
+EXIT_NOT_QUIET = 3
+
+
+def machine() -> str:
+    """Name of the CPU and of the operating system."""
+    return f"{_ext.cpu_features()['cpu_name']}, {platform.system()} {platform.release()}"
+
+
+def commit() -> str:
+    """Commit of the source tree this package runs from, or "" (installed from a wheel, or there is no git)."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def drift(calibration: Sequence[float]) -> float:
+    """How far the last quarter of the calibration lies from the first, as a share: medians, by round."""
+    quarter = max(len(calibration) // 4, 1)
+    return abs(statistics.median(calibration[:quarter]) / statistics.median(calibration[-quarter:]) - 1)
+
+
+def refuse_drift(moved: float) -> str | None:
+    """One sentence where a run must be thrown away because its calibration moved by this share, else None."""
+    if moved <= MAX_DRIFT:
+        return None
+    return (
+        f"thrown away: the calibration moved by {100 * moved:.0f} % during the run, more than "
+        f"{100 * MAX_DRIFT:.0f} %; run it again on a quieter machine."
+    )
+
+
+def positive_numbers(flag: str, text: str) -> list[int]:
+    """The numbers of a comma-separated flag; ValueError unless each is at least 1."""
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"{flag} {text} must be positive numbers, comma separated.")
+    return numbers
