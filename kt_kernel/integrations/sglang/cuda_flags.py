@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,34 @@ def quantization(args: Any) -> str | None:
         return str(args.quantization)
     folder = Path(args.model_path).expanduser()
     if not (folder / "config.json").is_file():
-        return "?"  # a hub id
+        found = hub_folder(args.model_path, getattr(args, "revision", None))
+        if found is None:
+            return "?"
+        folder = found
     config = read_config(folder)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "quantization_config" in part:
             return str(part["quantization_config"].get("quant_method"))
     return None
+
+
+@cache
+def hub_folder(model_id: str, revision: str | None) -> Path | None:
+    """Return a folder with config.json of a model of the hub, which SGLang is about to read as well; None, with a line
+    in the log, if it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model_id, "config.json", revision=revision)).parent
+    except Exception as error:  # of dozens of types, all of which mean the same here
+        logger.warning(
+            "kt_kernel: --moe-runner-backend stays auto: config.json of %s cannot be read (%s); give triton if the "
+            "model is unquantized or FP8",
+            model_id,
+            (str(error).strip() or type(error).__name__).splitlines()[0],
+        )
+        return None
 
 
 def chooses_prefill_graphs(args: Any) -> bool | None:
