@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import hub
 import pytest
 import server
 import torch
@@ -391,7 +392,7 @@ def launch(**changes: Any) -> SimpleNamespace:
         ({"quantization_config": {"quant_method": "awq"}}, {}, "auto"),  # SGLang asserts auto for it
         ({}, {"quantization": "fp8"}, "triton"),
         ({}, {"moe_runner_backend": "marlin"}, "marlin"),
-        (None, {}, "auto"),  # a hub id
+        (None, {}, "auto"),  # neither a model's folder nor a hub id
     ],
 )
 def test_runner_is_one_that_skips(
@@ -402,6 +403,35 @@ def test_runner_is_one_that_skips(
     args = launch(model_path=str(tmp_path), **changes)
     cuda_flags.adjust(args)
     assert args.moe_runner_backend == runner
+
+
+ADJUST_HUB_IDS = """
+import json, sys
+from types import SimpleNamespace
+from kt_kernel.integrations.sglang import cuda_flags
+for name in sys.argv[1:]:
+    args = SimpleNamespace(model_path=name, revision=None, quantization=None, moe_runner_backend="auto")
+    cuda_flags.adjust(args)
+    cuda_flags.adjust(args)
+    print(name, args.moe_runner_backend)
+"""
+
+
+@pytest.mark.parametrize(("quantization", "runner"), [(None, "triton"), ("fp8", "triton"), ("awq", "auto")])
+def test_runner_of_a_hub_id_is_chosen_as_that_of_a_folder(
+    tmp_path: Path, quantization: str | None, runner: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    config = {"quantization_config": {"quant_method": quantization}} if quantization else {}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with hub.serve_hub("someone/tiny-moe", tmp_path / "model") as address:
+        done = subprocess.run(
+            [sys.executable, "-c", ADJUST_HUB_IDS, "someone/tiny-moe", "someone/else"], capture_output=True, text=True,
+            env=server.server_environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0"),
+            timeout=300, check=True,
+        )  # fmt: skip
+    assert done.stdout.splitlines() == [f"someone/tiny-moe {runner}", "someone/else auto"]
+    assert done.stderr.count("--moe-runner-backend stays auto: config.json of someone/else cannot be read") == 1
 
 
 @pytest.mark.parametrize(
