@@ -64,12 +64,11 @@ struct Slot {
   HostBuffers buffers;
 
   // Of the enqueuing side, guarded by its mutex:
-  bool polled = false;             // the CPU side looks at req
-  bool held = false;               // submitted, its sync not enqueued yet
-  bool stranded = false;           // a device may still use it for a job that nobody syncs
-  CuStream last_stream = nullptr;  // of the last eager sync
-  bool has_last_use = false;       // last_use was recorded, on last_stream
-  CuEvent last_use = nullptr;      // behind the copy of the last eager result
+  bool polled = false;         // the CPU side looks at req
+  bool held = false;           // submitted, its sync not enqueued yet
+  bool stranded = false;       // a device may still use it for a job that nobody syncs
+  bool has_last_use = false;   // last_use was recorded
+  CuEvent last_use = nullptr;  // behind the copy of the last eager result
 };
 
 // The slots of one (hidden_size, top_k, dtype) on one device.

@@ -136,6 +136,10 @@ std::string cuda_failure(const CudaDriver& driver, const char* function, CuResul
 }
 
 void check_cuda(const CudaDriver& driver, CuResult result, const char* function) {
+  KT_CHECK(result != kCuCaptureImplicit,
+           cuda_failure(driver, function, result)
+               << "; the default stream cannot be used while a stream that blocks it is captured: "
+                  "use torch.cuda.Stream() for one of them, or wait for the end of the capture.");
   KT_CHECK(result == kCuSuccess, cuda_failure(driver, function, result)
                                      << "; the error may come from an earlier call.");
 }

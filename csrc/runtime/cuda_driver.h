@@ -21,6 +21,7 @@ using CuGraphExec = struct CuGraphExecTag*;
 
 constexpr CuResult kCuSuccess = 0;
 constexpr CuResult kCuNotReady = 600;
+constexpr CuResult kCuCaptureImplicit = 906;
 constexpr unsigned kCuHostPortable = 1;   // pinned for every context
 constexpr unsigned kCuHostDeviceMap = 2;  // has an address on the device
 constexpr unsigned kCuEventDisableTiming = 2;
@@ -90,7 +91,7 @@ const CudaDriver& cuda_driver();
 // "cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory)".
 std::string cuda_failure(const CudaDriver& driver, const char* function, CuResult error);
 
-// Throws kt::Error with cuda_failure() unless `result` is success.
+// Throws kt::Error with cuda_failure(), and what to do, unless `result` is success.
 void check_cuda(const CudaDriver& driver, CuResult result, const char* function);
 
 // Retains a device's primary context, the one that torch uses.

@@ -159,6 +159,7 @@ bool DeviceSync::is_capturing(CuStream stream, CuStream current) {
   return status != kCuCaptureNone;
 }
 
+// Both are of one call: equal handles mean one stream.
 void DeviceSync::order(CuStream before, CuStream after) {
   if (before == after) return;
   check_cuda(driver_, driver_.event_record(order_event_, before), "cuEventRecord");
@@ -228,7 +229,9 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
                "cuLaunchHostFunc");
     reached = Submitted::kPart;
   }
-  if (!job.captured && slot.has_last_use && slot.last_stream != stream) {
+  // also where the stream seems to be the same: one handle may mean several streams, in turn (it was
+  // destroyed) or at once (the per-thread default stream)
+  if (!job.captured && slot.has_last_use) {
     check_cuda(driver_, driver_.stream_wait_event(stream, slot.last_use, 0), "cuStreamWaitEvent");
   }
   const size_t routes = static_cast<size_t>(input.num_tokens) * input.top_k;
@@ -278,10 +281,7 @@ void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream,
     throw;
   }
   slot.held = false;
-  if (!job.captured) {
-    slot.has_last_use = true;
-    slot.last_stream = stream;
-  }
+  slot.has_last_use |= !job.captured;
   jobs_->set_synced(job);
 }
 

@@ -246,6 +246,27 @@ TEST_P(CudaErrors, AnErrorBehindTheWaitLeavesNoWait) {
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
 }
 
+// As CUDA has it for streams that block the default stream. torch makes others.
+TEST_P(CudaErrors, TheDefaultStreamBesideACaptureIsRefusedWithAWayOut) {
+  StreamModel& model = this->model();
+  DeviceSync sync(cpu_, 0, options());
+  ASSERT_EQ(double_driver().stream_create(&streams_[0], 0), kCuSuccess);
+  const CuGraphExec graph = capture([&] {
+    model.enqueue(sync, 8, Streams::kOne, streams_);
+    const std::string error = error_text([&] { model.submit(sync, 8, 0, nullptr, nullptr); });
+    EXPECT_NE(error.find("CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"), std::string::npos) << error;
+    EXPECT_NE(error.find("torch.cuda.Stream()"), std::string::npos) << error;
+  });
+  launch(graph);
+  ASSERT_EQ(drain(), kCuSuccess);
+  EXPECT_EQ(model.output(8), model.expected(0, 8)) << "the capture is whole";
+  model.enqueue_inputs(8, 0, nullptr);
+  std::vector<float> result(48);
+  sync.sync(model.submit(sync, 8, 0, nullptr, nullptr), result.data(), nullptr, nullptr);
+  while (double_driver().stream_query(nullptr) == kCuNotReady) std::this_thread::yield();
+  EXPECT_EQ(result, model.expected_share(0, 8, 0));
+}
+
 TEST_P(CudaErrors, ABrokenContextEndsInErrorsNotInWaits) {
   StreamModel& model = this->model();
   const auto start = std::chrono::steady_clock::now();

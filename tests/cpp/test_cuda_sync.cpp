@@ -297,6 +297,44 @@ TEST_P(CudaSync, OverlapIsWhatTheDeviceDoesNotWaitFor) {
   }
 }
 
+// In every thread the per-thread default stream has the same handle.
+TEST_P(CudaSync, EqualHandlesMayMeanDifferentStreams) {
+  const auto per_thread = reinterpret_cast<CuStream>(2);
+  const auto drain_own = [&] {
+    while (double_driver().stream_query(per_thread) == kCuNotReady) {
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+  };
+  StreamModel& model = this->model();
+  StreamModel& other_model = this->model();
+  std::vector<float> result(48);
+  std::vector<float> other_result(48);
+  std::atomic<bool> fetched{false};
+  DeviceSync sync(cpu_, 0, options());
+  model.enqueue_inputs(8, 0, per_thread);
+  const DeviceTicket ticket = model.submit(sync, 8, 0, per_thread, per_thread);
+  model.kernel(per_thread, [&] {
+    while (!fetched) std::this_thread::sleep_for(milliseconds(1));
+  });
+  sync.sync(ticket, result.data(), per_thread, per_thread);
+  std::thread other([&] {
+    const CurrentContext context(double_driver(), primary_->get());
+    other_model.pass = 1;
+    other_model.enqueue_inputs(8, 2, per_thread);
+    // the slot whose result is not fetched yet
+    const DeviceTicket second = other_model.submit(sync, 8, 2, per_thread, per_thread);
+    sync.sync(second, other_result.data(), per_thread, per_thread);
+    std::this_thread::sleep_for(milliseconds(100));
+    fetched = true;
+    drain_own();
+  });
+  other.join();
+  drain_own();
+  EXPECT_EQ(result, model.expected_share(0, 8, 0));
+  EXPECT_EQ(other_result, other_model.expected_share(1, 8, 2));
+  sync.check();
+}
+
 // The layers that are measured must not depend on how many there are.
 TEST_P(CudaSync, EveryLayerIsMeasured) {
   fake_cuda_set_delays(0, 0);

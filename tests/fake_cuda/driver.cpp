@@ -12,6 +12,17 @@ namespace {
 thread_local std::vector<CUcontext> contexts;
 char context_object;
 
+// CU_STREAM_LEGACY and CU_STREAM_PER_THREAD; handle 0 means the legacy stream, too.
+constexpr uintptr_t kLegacyHandle = 1;
+constexpr uintptr_t kPerThreadHandle = 2;
+
+std::unique_ptr<CUstream_st> make_stream() {
+  auto made = std::make_unique<CUstream_st>();
+  made->id = state().next_stream++;
+  made->lane = Device::get().acquire_lane();
+  return made;
+}
+
 }  // namespace
 
 State& state() {
@@ -24,16 +35,28 @@ CUcontext primary_context() { return reinterpret_cast<CUcontext>(&context_object
 CUcontext current_context() { return contexts.empty() ? nullptr : contexts.back(); }
 
 CUstream State::find_stream(CUstream handle) {
-  if (handle) {
+  const auto number = reinterpret_cast<uintptr_t>(handle);
+  if (number > kPerThreadHandle) {
     const auto found = streams.find(handle);
     return found == streams.end() ? nullptr : found->second.get();
   }
-  if (!null_stream) {
-    null_stream = std::make_unique<CUstream_st>();
-    null_stream->id = next_stream++;
-    null_stream->lane = Device::get().acquire_lane();
+  std::unique_ptr<CUstream_st>& stream =
+      number <= kLegacyHandle ? legacy_stream : thread_streams[std::this_thread::get_id()];
+  if (!stream) stream = make_stream();
+  return stream.get();
+}
+
+CUresult use_stream(CUstream handle, CUstream* stream, bool only_looks) {
+  *stream = state().find_stream(handle);
+  if (!*stream) return CUDA_ERROR_INVALID_HANDLE;
+  if (*stream != state().legacy_stream.get()) return CUDA_SUCCESS;
+  CUresult result = CUDA_SUCCESS;
+  for (const CapturePtr& capture : state().captures) {
+    if (!capture->blocking) continue;
+    result = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    if (!only_looks) capture->invalid = true;
   }
-  return null_stream.get();
+  return result;
 }
 
 CUresult enter(const char* function, Need need) {
@@ -107,6 +130,7 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
       {CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED"},
       {CUDA_ERROR_STREAM_CAPTURE_UNJOINED, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED"},
       {CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION"},
+      {CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
       {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT"},
       {CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"},
       {CUDA_ERROR_UNKNOWN, "CUDA_ERROR_UNKNOWN"},
@@ -255,8 +279,8 @@ CUresult copy(const char* name, CUstream handle, void* destination, const void* 
   if (bytes == 0) return CUDA_SUCCESS;
   if (!destination || !source) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   Operation operation;
   operation.kind = Kind::kCopy;
   operation.name = name;
@@ -296,12 +320,11 @@ CUresult cuMemcpyAsync(CUdeviceptr destination, CUdeviceptr source, size_t bytes
               device.find_region(reinterpret_cast<void*>(source), bytes, true));
 }
 
-CUresult cuStreamCreate(CUstream* stream, unsigned) {
+CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
   if (CUresult error = enter("cuStreamCreate")) return error;
   std::lock_guard lock(state().mutex);
-  auto made = std::make_unique<CUstream_st>();
-  made->id = state().next_stream++;
-  made->lane = Device::get().acquire_lane();
+  auto made = fake_cuda::make_stream();
+  made->blocking = (flags & CU_STREAM_NON_BLOCKING) == 0;
   *stream = made.get();
   state().streams[*stream] = std::move(made);
   return CUDA_SUCCESS;
@@ -330,8 +353,8 @@ namespace {
 // The last task of a stream that is not capturing.
 CUresult last_task(CUstream handle, fake_cuda::TaskPtr* last) {
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   if (stream->capture) {
     stream->capture->invalid = true;
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
@@ -378,7 +401,8 @@ CUresult cuCtxSynchronize() {
     std::lock_guard lock(state().mutex);
     if (CUresult error = fake_cuda::refuse_during_capture("cuCtxSynchronize")) return error;
     for (const auto& [handle, stream] : state().streams) tasks.push_back(stream->last);
-    if (state().null_stream) tasks.push_back(state().null_stream->last);
+    for (const auto& [thread, stream] : state().thread_streams) tasks.push_back(stream->last);
+    if (state().legacy_stream) tasks.push_back(state().legacy_stream->last);
   }
   CUresult result = CUDA_SUCCESS;
   for (const fake_cuda::TaskPtr& task : tasks) result = Device::get().wait(task);

@@ -82,8 +82,9 @@ const Symbol kSymbols[] = {
 CUresult launch(void* stream, Operation operation) {
   if (CUresult error = fake_cuda::enter(operation.name)) return error;
   std::lock_guard lock(state().mutex);
-  CUstream found = state().find_stream(static_cast<CUstream>(stream));
-  return found ? fake_cuda::enqueue(found, std::move(operation)) : CUDA_ERROR_INVALID_HANDLE;
+  CUstream found = nullptr;
+  if (CUresult error = fake_cuda::use_stream(static_cast<CUstream>(stream), &found)) return error;
+  return fake_cuda::enqueue(found, std::move(operation));
 }
 
 void set_paused(void* stream, bool paused) {
@@ -130,7 +131,8 @@ void fake_cuda_reset() {
     state().graphs.clear();
     state().events.clear();
     state().streams.clear();
-    state().null_stream.reset();
+    state().thread_streams.clear();
+    state().legacy_stream.reset();
   }
   Device::get().reset();
   fake_cuda_restore_defaults();

@@ -13,8 +13,11 @@
  *                  it (release) after all earlier writes of its stream
  *   capture        as the driver: an unsafe call (host or device allocation and free, event query)
  *                  while a capture in GLOBAL mode runs fails with 900 and invalidates the capture
- * What it is not: the null stream is a stream like the others (no implicit order), child graphs are
- * refused, one device.
+ *   handles        0 and 1 are the legacy default stream, 2 that of the calling thread. While a
+ *                  blocking stream is captured, use of the legacy stream fails with 906 and
+ *                  invalidates the capture; to ask whether it captures fails only
+ * What it is not: the default streams have no implicit order with others, child graphs are refused,
+ * one device.
  *
  * Misuse that hardware may let pass by luck is reported as a violation; fake_cuda_report() has the
  * texts. Every function may be called from any thread. */

@@ -41,6 +41,7 @@ bool leave(const CapturePtr& capture) {
     stream->tails.clear();
   };
   for (auto& [handle, stream] : state().streams) release(stream.get());
+  for (auto& [thread, stream] : state().thread_streams) release(stream.get());
   state().captures.erase(capture);
   return all_joined;
 }
@@ -126,15 +127,16 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
 CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
   if (CUresult error = enter("cuStreamBeginCapture_v2")) return error;
   std::lock_guard lock(state().mutex);
-  if (!handle) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   CUstream stream = state().find_stream(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  if (stream == state().legacy_stream.get()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (stream->capture) return CUDA_ERROR_INVALID_VALUE;
   auto capture = std::make_shared<fake_cuda::Capture>();
   capture->id = state().next_capture++;
   capture->mode = mode;
   capture->thread = std::this_thread::get_id();
   capture->origin = stream;
+  capture->blocking = stream->blocking;
   stream->capture = capture;
   stream->tails.clear();
   state().captures.insert(capture);
@@ -167,8 +169,8 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
 CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
   if (CUresult error = enter("cuStreamIsCapturing")) return error;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream, /*only_looks=*/true)) return error;
   *status = !stream->capture           ? CU_CAPTURE_NONE
             : stream->capture->invalid ? CU_CAPTURE_INVALIDATED
                                        : CU_CAPTURE_ACTIVE;
@@ -198,9 +200,10 @@ CUresult cuStreamGetCaptureInfo_v3(CUstream handle, CUstreamCaptureStatus* statu
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
   if (CUresult error = enter("cuStreamWaitEvent")) return error;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   const auto found = state().events.find(event_handle);
-  if (!stream || found == state().events.end()) return CUDA_ERROR_INVALID_HANDLE;
+  if (found == state().events.end()) return CUDA_ERROR_INVALID_HANDLE;
   const CUevent_st& event = *found->second;
   if (event.capture) {
     // an event of a capture that has ended orders nothing
@@ -212,6 +215,7 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
     if (event.capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     if (!stream->capture) stream->tails.clear();
     stream->capture = event.capture;
+    stream->capture->blocking |= stream->blocking;
     stream->tails.insert(event.tails.begin(), event.tails.end());
     return CUDA_SUCCESS;
   }
@@ -229,9 +233,10 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
 CUresult cuEventRecord(CUevent event_handle, CUstream handle) {
   if (CUresult error = enter("cuEventRecord")) return error;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   const auto found = state().events.find(event_handle);
-  if (!stream || found == state().events.end()) return CUDA_ERROR_INVALID_HANDLE;
+  if (found == state().events.end()) return CUDA_ERROR_INVALID_HANDLE;
   CUevent_st& event = *found->second;
   if (stream->capture) {
     if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
@@ -248,8 +253,8 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void* data) {
   if (CUresult error = enter("cuLaunchHostFunc")) return error;
   if (!function) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   Operation operation;
   operation.kind = Kind::kHostFunction;
   operation.name = "cuLaunchHostFunc";
@@ -281,8 +286,8 @@ CUresult stream_memory_operation(CUstream handle, const char* name, Kind kind, C
     return CUDA_ERROR_INVALID_VALUE;
   }
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
   return fake_cuda::enqueue(stream, operation);
 }
 
@@ -333,8 +338,9 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, uns
 CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
   if (CUresult error = enter("cuGraphLaunch")) return error;
   std::lock_guard lock(state().mutex);
-  CUstream stream = state().find_stream(handle);
-  if (!stream || !state().executables.count(executable)) return CUDA_ERROR_INVALID_HANDLE;
+  CUstream stream = nullptr;
+  if (CUresult error = fake_cuda::use_stream(handle, &stream)) return error;
+  if (!state().executables.count(executable)) return CUDA_ERROR_INVALID_HANDLE;
   if (stream->capture) return CUDA_ERROR_NOT_SUPPORTED;
   const std::vector<fake_cuda::Node>& nodes = executable->nodes;
   std::vector<fake_cuda::TaskPtr> tasks;

@@ -29,6 +29,7 @@ struct Capture {
   std::thread::id thread;
   CUstream origin;
   bool invalid = false;
+  bool blocking = false;  // a blocking stream is part of it
   std::vector<Node> nodes;
 };
 using CapturePtr = std::shared_ptr<Capture>;
@@ -41,6 +42,7 @@ struct CUstream_st {
   fake_cuda::TaskPtr last;
   fake_cuda::CapturePtr capture;
   std::set<int> tails;  // of the capture: what the next node depends on
+  bool blocking = true;  // the legacy default stream waits for it, and it for that one
 };
 
 struct CUevent_st {
@@ -72,12 +74,13 @@ struct State {
   std::map<CUevent, std::unique_ptr<CUevent_st>> events;
   std::map<CUgraph, std::unique_ptr<CUgraph_st>> graphs;
   std::map<CUgraphExec, std::unique_ptr<CUgraphExec_st>> executables;
-  std::unique_ptr<CUstream_st> null_stream;
+  std::unique_ptr<CUstream_st> legacy_stream;                              // handles 0 and 1
+  std::map<std::thread::id, std::unique_ptr<CUstream_st>> thread_streams;  // handle 2
   std::set<CapturePtr> captures;
   std::map<std::string, uint64_t> calls;
   std::map<std::string, std::map<uint64_t, CUresult>> planned;  // by the number of the call
 
-  // The stream of a handle; nullptr if there is none. Under the mutex.
+  // What a handle means for the calling thread; nullptr if there is none. Under the mutex.
   CUstream find_stream(CUstream handle);
 };
 State& state();
@@ -90,6 +93,10 @@ CUresult enter(const char* function, Need need = kContext);
 
 // For calls that are unsafe during a capture. Under the mutex.
 CUresult refuse_during_capture(const char* function);
+
+// The stream of a handle, for a call that uses it. The legacy stream while a blocking stream is
+// captured: an error, which spoils the captures unless the call only looks. Under the mutex.
+CUresult use_stream(CUstream handle, CUstream* stream, bool only_looks = false);
 
 // Appends to the stream, or to its capture as a node. Under the mutex.
 CUresult enqueue(CUstream stream, Operation operation);
