@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -120,6 +121,27 @@ def test_no_wrapped_layer_is_an_error(monkeypatch: pytest.MonkeyPatch, runtime_c
         layers.check_model_was_wrapped(torch.nn.Linear(1, 1))
     monkeypatch.setattr(layers, "_methods", [object()])
     layers.check_model_was_wrapped(torch.nn.Linear(1, 1))
+
+
+def test_hooks_are_verified_once_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first layer is made; 60 layers would look up SGLang's source 60 times."""
+
+    @dataclass
+    class LayerConfig:
+        layer_idx: int
+        num_gpu_experts: int | None = None
+        weight_path: str = "/x"
+
+    calls: list[int] = []
+    monkeypatch.setattr(plugin, "verify_hooks", lambda: calls.append(len(layers.wrapped_methods())))
+    monkeypatch.setattr(layers, "_methods", [])
+    monkeypatch.setattr(layers, "_in_speculative_scope", lambda: False)
+    for index in range(3):
+        config = layers.create_kt_config(lambda _args, layer_idx: LayerConfig(layer_idx), None, index)
+        assert (config.layer_idx, config.num_gpu_experts) == (index, 0)
+        layers.remember_method(None, SimpleNamespace(kt_config=config))
+    assert calls == [0]
+    assert layers.create_kt_config(lambda _args, _layer_idx: None, None, 3) is None
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,10 @@ def create_kt_config(original: Callable, server_args: Any, layer_idx: int) -> An
     config = original(server_args, layer_idx)
     if config is None:
         return None
-    from kt_kernel.integrations.sglang.plugin import verify_hooks
+    if not _methods:  # once for a model: between its layers no hook comes or goes
+        from kt_kernel.integrations.sglang.plugin import verify_hooks
 
-    verify_hooks()
+        verify_hooks()
     return replace(config, num_gpu_experts=config.num_gpu_experts or 0)
 
 
