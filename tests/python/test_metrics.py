@@ -69,6 +69,34 @@ def test_totals_are_sums_over_layers() -> None:
     assert found == {"busy_ns": 310, "device_measured_ns": 50, "device_hidden_ns": 40, "tokens": 6, "rows": 25}
 
 
+def test_a_failure_is_told_once_and_does_not_end_the_updates(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds = iter(["fails", "fails", "works", "fails", "works"])
+    updated = 0
+
+    class End(BaseException):
+        """Ends the endless loop."""
+
+    def read() -> dict[str, int]:
+        nonlocal updated
+        what = next(rounds, None)
+        if what is None:
+            raise End
+        if what == "fails":
+            raise RuntimeError("a layer is gone")
+        updated += 1
+        return dict.fromkeys(("busy_ns", "device_measured_ns", "device_hidden_ns", "tokens"), 0) | {"rows": updated}
+
+    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_UPDATES", 0.0)
+    registry = prometheus_client.CollectorRegistry()
+    with pytest.raises(End):
+        metrics.Metrics("AMXINT8", read, registry).run()
+    assert value(registry, "kt_kernel_rows_total") == 2.0
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "a layer is gone" in caplog.text
+
+
 def test_nothing_is_made_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from kt_kernel.integrations.sglang import report
 

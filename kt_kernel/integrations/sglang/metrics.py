@@ -74,14 +74,16 @@ class Metrics:
             self._overlap.set(totals["device_hidden_ns"] / totals["device_measured_ns"])
 
     def run(self) -> None:
-        """Update for as long as the process lives."""
+        """Update for as long as the process lives; an update that fails is told once, and the next one tries again."""
         pause = threading.Event()
+        told = False
         while not pause.wait(SECONDS_BETWEEN_UPDATES):
             try:
                 self.update()
             except Exception:
-                logger.exception("kt_kernel: the figures on /metrics are no longer brought up to date")
-                return
+                if not told:
+                    logger.exception("kt_kernel: the figures on /metrics are out of date; said once, tried again each second")
+                told = True
 
 
 _metrics: Metrics | None = None
