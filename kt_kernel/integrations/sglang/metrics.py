@@ -82,7 +82,7 @@ class Metrics:
                 self.update()
             except Exception:
                 if not told:
-                    logger.exception("kt_kernel: the figures on /metrics are out of date; said once, tried again each second")
+                    logger.exception("kt_kernel: the figures on /metrics are late; said once, tried again each second")
                 told = True
 
 
