@@ -111,11 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 refused.
     """
     args = build_parser().parse_args(argv)
+    counts = [Path(path).expanduser() for path in args.counts]
+    output = Path(args.output).expanduser() if args.output else None
     try:
-        halves = read_halves([Path(path).expanduser() for path in args.counts])
+        if output is not None and output.resolve() in [path.resolve() for path in counts]:
+            raise ValueError(f"--output {output} is one of --counts, and would be overwritten; give another file.")
+        halves = read_halves(counts)
         report = describe(halves, args.num_gpu_experts)
-        if args.output:
-            output = Path(args.output).expanduser()
+        if output is not None:
             write_location(output, hottest_first(halves.total))
             report["output"] = str(output)
     except (ValueError, OSError) as error:

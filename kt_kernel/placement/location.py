@@ -54,18 +54,27 @@ def hit_rate(location: Tensor, counts: Tensor, num_gpu_experts: int) -> float:
     return float(counts.gather(1, location[:, :num_gpu_experts]).sum() / counts.sum())
 
 
-def check_location(location: Tensor, num_experts: int) -> None:
+def check_location(location: Tensor, num_experts: int, num_layers: int | None = None) -> None:
     """Check that a map is a permutation in each row.
+
+    Parameters
+    ----------
+    location : Tensor
+    num_experts : int
+        Experts of a layer.
+    num_layers : int, optional
+        Layers of the model, dense ones counted; None: not known.
 
     Raises
     ------
     ValueError
-        Another shape, type or number of experts, or an expert that is missing from a layer.
+        Another shape or type, or an expert that is missing from a layer.
     """
-    if location.dim() != 2 or location.dtype.is_floating_point or location.shape[1] != num_experts:
+    rows = location.shape[0] if num_layers is None and location.dim() == 2 else num_layers
+    if location.dtype.is_floating_point or list(location.shape) != [rows, num_experts]:
         raise ValueError(
             f"{MAP_KEY} is {location.dtype} of shape {list(location.shape)}; it must be integers of shape "
-            f"[num_hidden_layers, {num_experts}]."
+            f"[{num_layers or 'num_hidden_layers'}, {num_experts}], so make it from a record of this model."
         )
     wrong = (location.sort(dim=1).values != torch.arange(num_experts)).any(1).nonzero()
     if len(wrong):

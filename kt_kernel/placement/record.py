@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,24 @@ class Halves:
         return self.first + self.second
 
 
+def load_saved(path: Path) -> Any:
+    """Read a file of ``torch.save``.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    ValueError
+        Another kind of file, or one with objects; a reason for a message.
+    """
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(file, weights_only=True, map_location="cpu")
+        except Exception:  # foreign bytes taken for a pickle give any type, with advice that does not help here
+            raise ValueError("it is no file of torch.save that holds only tensors and plain values") from None
+
+
 def read_record(path: Path) -> tuple[Tensor, Tensor | None]:
     """Read the counts of a record.
 
@@ -60,12 +79,14 @@ def read_record(path: Path) -> tuple[Tensor, Tensor | None]:
         No such file, another kind of file, a wrong shape, a count that is negative or not finite, or no count at all.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = load_saved(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; give a file that KT_EXPERT_COUNTS or SGLang's recorder wrote.") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason}); it must be a file of torch.save.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{path} cannot be read ({reason}); give a file that KT_EXPERT_COUNTS or SGLang's recorder wrote."
+        ) from None
     counts = content.get(COUNTS_KEY) if isinstance(content, dict) else None
     if not isinstance(counts, Tensor):
         raise ValueError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +193,39 @@ def test_bad_records_are_named(
     assert not (tmp_path / "map.pt").exists()
 
 
+def zip_of(text: str) -> bytes:
+    """An archive that torch did not write."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", text)
+    return buffer.getvalue()
+
+
+# What torch.load answers with a KeyError, an IndexError, advice on weights_only, ...
+NO_TORCH_FILES = (
+    b"", b"no tensor", b"hello world", b"[1, 2]", b'{"logical_count": 1}', b"id,count\n1,2\n", b"\x00" * 64,
+    bytes(range(256)), zip_of("text"), pickle.dumps(Path("x")), pickle.dumps({"logical_count": [1]})[:-1],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_TORCH_FILES, ids=range(len(NO_TORCH_FILES)))
+def test_a_record_that_is_no_torch_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_bytes(content)
+    assert main(["--counts", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"kt_kernel.placement: {path} cannot be read (it is no file of torch.save that holds only tensors and plain "
+        "values); give a file that KT_EXPERT_COUNTS or SGLang's recorder wrote.\n"
+    )
+
+
 def test_files_that_are_no_records(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing.pt is missing"):
         read_halves([tmp_path / "nothing.pt"])
-    (tmp_path / "text.pt").write_text("no tensor")
-    with pytest.raises(ValueError, match=r"text.pt cannot be read .*torch.save"):
-        read_halves([tmp_path / "text.pt"])
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); give a file that KT_EXPERT_COUNTS"):
+        read_halves([tmp_path])
     paths = [write_record(tmp_path / "a.pt", GOOD), write_record(tmp_path / "b.pt", torch.ones(2, 2, 4))]
     with pytest.raises(ValueError, match=r"b.pt has \[num_layers, num_experts\] = \[2, 4\], but .*a.pt has \[2, 3\]"):
         read_halves(paths)
@@ -278,3 +308,14 @@ def test_the_command_names_a_folder_that_is_not_there(tmp_path: Path, capsys: py
     path = write_record(tmp_path / "counts.pt", GOOD)
     assert main(["--counts", str(path), "--output", str(tmp_path / "no/map.pt")]) == 1
     assert "no/map.pt failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["counts.pt", "./counts.pt", "link.pt"])
+def test_the_record_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = write_record(tmp_path / "counts.pt", GOOD)
+    (tmp_path / "link.pt").symlink_to(path)
+    before = path.read_bytes()
+    other = write_record(tmp_path / "b.pt", GOOD)
+    assert main(["--counts", str(other), str(path), "--output", f"{tmp_path}/{name}"]) == 1
+    assert f"--output {tmp_path}/{name.removeprefix('./')} is one of --counts" in capsys.readouterr().err
+    assert path.read_bytes() == before
