@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 logger = logging.getLogger("kt_kernel")
 
 
 @dataclass(frozen=True)
 class EnvironmentVariable:
-    """One row of the README's table of environment variables."""
+    """One row of the README's table of environment variables; `is_path`: its value may hold the name of a user."""
 
     name: str
     default: str
     read_in: str
     effect: str
+    is_path: bool = False
 
 
 ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
@@ -49,6 +52,7 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "no record",
         "kt_kernel/integrations/sglang/expert_counts.py",
         "file to record in how often each expert is chosen; `--kt-record-expert-counts` sets it",
+        is_path=True,
     ),
     EnvironmentVariable(
         "KT_LOG_LEVEL",
@@ -73,6 +77,7 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "`libcuda.so.1`",
         "csrc/runtime/cuda_driver.cpp",
         "path of the CUDA driver's library (the tests' double: build/test/libfake_cuda.so)",
+        is_path=True,
     ),
     EnvironmentVariable(
         "KT_CUDA_SIGNAL",
@@ -103,6 +108,7 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "`.demo` in the clone",
         "scripts/quickstart.sh",
         "folder of the demo model and its converted experts",
+        is_path=True,
     ),
     EnvironmentVariable(
         "KT_TORCH_VERSION",
@@ -121,6 +127,28 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "a folder that is deleted after the build",
         "setup.py",
         "where CMake keeps the extension's objects, so that the next build is incremental (build time only)",
+        is_path=True,
+    ),
+    EnvironmentVariable(
+        "KT_GPU_CHECK_FOLDER",
+        "`build/gpu-check`",
+        "tests/gpu/test_gpu.py",
+        "where the GPU tests leave their digests; `scripts/gpu_check.sh` sets it (tests only)",
+        is_path=True,
+    ),
+    EnvironmentVariable(
+        "KT_TEST_SGLANG_PYTHONS",
+        "none",
+        "tests/python/test_sglang_cuda_host.py",
+        "colon separated interpreters of further SGLang releases that the hooks are tried on (tests only)",
+        is_path=True,
+    ),
+    EnvironmentVariable(
+        "KT_TEST_SGLANG_FOLDERS",
+        "none",
+        "tests/python/test_scaling_sources.py",
+        "colon separated folders of further SGLang releases whose model classes are read (tests only)",
+        is_path=True,
     ),
 )
 
@@ -152,7 +180,7 @@ def default_numa_nodes() -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        The variable is no comma separated list of node ids.
+        The variable is no comma separated list of node ids, or names a node twice or one that cannot be used.
     """
     value = _read("KT_NUMA_NODES")
     if value is None:
@@ -160,7 +188,37 @@ def default_numa_nodes() -> tuple[int, ...]:
     words = [word.strip() for word in value.split(",")]
     if not all(word.isdigit() for word in words):
         raise ValueError(f"KT_NUMA_NODES={value!r} is no comma separated list of node ids; give e.g. 0,1.")
-    return tuple(int(word) for word in words)
+    nodes = tuple(int(word) for word in words)
+    if len(set(nodes)) != len(nodes):
+        raise ValueError(f"KT_NUMA_NODES={value!r} repeats a node; give each node once.")
+    check_nodes(nodes, f"KT_NUMA_NODES={value!r}")
+    return nodes
+
+
+def check_nodes(nodes: Sequence[int], source: str) -> None:
+    """Check that this process may use NUMA nodes.
+
+    Parameters
+    ----------
+    nodes : sequence of int
+        Ids.
+    source : str
+        What names them, for the message.
+
+    Raises
+    ------
+    ValueError
+        A node that is not there, or outside the process's affinity.
+    """
+    from kt_kernel import _ext
+
+    usable = [node["id"] for node in _ext.topology()["nodes"]]
+    for node in nodes:
+        if node not in usable:
+            raise ValueError(
+                f"{source} names node {node}, but this process may use {', '.join(map(str, usable))}; name only usable "
+                "nodes."
+            )
 
 
 def host_all_experts() -> bool:
@@ -178,8 +236,45 @@ def host_all_experts() -> bool:
 
 
 def default_method() -> str:
-    """Method for experts of other programs than SGLang, which names one: ``KT_METHOD``, else BF16."""
-    return _read("KT_METHOD") or "BF16"
+    """Method for experts of other programs than SGLang, which names one: ``KT_METHOD``, else BF16.
+
+    Raises
+    ------
+    ValueError
+        The variable names no method.
+    """
+    from kt_kernel.methods import get_method
+
+    value = _read("KT_METHOD")
+    try:
+        return "BF16" if value is None else get_method(value).name
+    except ValueError as error:
+        raise ValueError(f"KT_METHOD: {error}") from None
+
+
+def record_path(value: str, source: str) -> Path:
+    """Return the absolute path of the file to record expert counts in.
+
+    Parameters
+    ----------
+    value : str
+        As given.
+    source : str
+        What gives it, for the message.
+
+    Raises
+    ------
+    ValueError
+        Empty, a folder, or in no folder that exists.
+    """
+    path = Path(value).expanduser().absolute()
+    if not value.strip():
+        raise ValueError(f"{source} is empty; give a file.")
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder; give a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{source} is in a folder that does not exist; make it first.")
+    return path
 
 
 def usable_cpus() -> int:
@@ -191,8 +286,8 @@ def usable_cpus() -> int:
     return max(1, min(cpus, int(topology["cpu_quota"] or cpus)))
 
 
-def apply_log_level() -> None:
-    """Set the level of the logger ``kt_kernel`` from ``KT_LOG_LEVEL``; does nothing where it is unset.
+def log_level() -> int | None:
+    """Level of the logger ``kt_kernel``: ``KT_LOG_LEVEL``, None where it is unset.
 
     Raises
     ------
@@ -201,11 +296,76 @@ def apply_log_level() -> None:
     """
     value = _read("KT_LOG_LEVEL")
     if value is None:
-        return
+        return None
     level = logging.getLevelName(value.upper())
     if not isinstance(level, int):
         raise ValueError(f"KT_LOG_LEVEL={value!r} is no level; use DEBUG, INFO, WARNING or ERROR.")
-    logger.setLevel(level)
+    return level
+
+
+def apply_log_level() -> None:
+    """Set the level of the logger ``kt_kernel`` to :func:`log_level`; does nothing where that is None."""
+    level = log_level()
+    if level is not None:
+        logger.setLevel(level)
+
+
+def _check_forced_isa() -> None:
+    from kt_kernel import _ext
+
+    _ext.cpu_features()
+
+
+def _check_driver() -> None:
+    value = os.environ["KT_CUDA_DRIVER"]
+    if "/" in value and not Path(value).is_file():
+        raise ValueError("KT_CUDA_DRIVER names no file; unset it, or give the path of libcuda.so.1.")
+
+
+def _check_number(name: str, high: int, *, whole: bool, kind: str) -> None:
+    value = os.environ[name]
+    try:
+        number = int(value) if whole else float(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= high:
+        raise ValueError(f"{name}={value!r} is no number of {kind} from 0 to {high}; unset it for the default.")
+
+
+def _check_signal(name: str) -> None:
+    value = os.environ[name]
+    if value not in ("doorbell", "hostfunc"):
+        raise ValueError(f"{name}={value!r} is no way to signal; unset it, or use doorbell or hostfunc.")
+
+
+# By name; called where the variable is set. The limits of those that C++ reads are those of its code.
+_CHECKS: dict[str, Callable[[], object]] = {
+    "KT_NUM_THREADS": default_num_threads,
+    "KT_NUMA_NODES": default_numa_nodes,
+    "KT_HOST_ALL_EXPERTS": host_all_experts,
+    "KT_METHOD": default_method,
+    "KT_EXPERT_COUNTS": lambda: record_path(os.environ["KT_EXPERT_COUNTS"], "KT_EXPERT_COUNTS"),
+    "KT_LOG_LEVEL": log_level,
+    "KT_FORCE_ISA": _check_forced_isa,
+    "KT_SPIN_US": lambda: _check_number("KT_SPIN_US", 1_000_000, whole=True, kind="microseconds"),
+    "KT_CUDA_DRIVER": _check_driver,
+    "KT_CUDA_SIGNAL": lambda: _check_signal("KT_CUDA_SIGNAL"),
+    "KT_CUDA_SIGNAL_FOUND": lambda: _check_signal("KT_CUDA_SIGNAL_FOUND"),
+    "KT_CUDA_SPIN_MS": lambda: _check_number("KT_CUDA_SPIN_MS", 31_536_000, whole=False, kind="milliseconds"),
+    "KT_SYNC_TIMEOUT": lambda: _check_number("KT_SYNC_TIMEOUT", 31_536_000, whole=False, kind="seconds"),
+}
+
+
+def wrong_values() -> dict[str, str]:
+    """Set KT_* variables whose value cannot be used: name, and one sentence without paths."""
+    wrong = {}
+    for name, check in _CHECKS.items():
+        if os.environ.get(name):
+            try:
+                check()
+            except (ValueError, RuntimeError) as error:
+                wrong[name] = str(error)
+    return wrong
 
 
 def unknown_variables() -> list[str]:

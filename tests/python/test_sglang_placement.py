@@ -401,6 +401,14 @@ def test_counts_of_slots_become_counts_of_experts() -> None:
     assert expert_counts.gpu_experts(methods, NUM_LAYERS)[1].nonzero().flatten().tolist() == [0, 2]
 
 
+@pytest.mark.usefixtures("sglang_with_map")
+def test_a_map_without_a_row_for_a_layer_is_named() -> None:
+    dispatch = sys.modules["sglang.srt.eplb.expert_location_dispatch"]
+    dispatch.get_global_expert_location_metadata = lambda: placement_modules().current  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"--init-expert-location has 3 layers but the model has a layer 3; make it"):
+        layers.physical_to_logical_map(wrapped(NUM_LAYERS, [0] * 6, 0))
+
+
 def test_other_processes_have_files_of_their_own() -> None:
     path = Path("/x/counts.pt")
     assert expert_counts.record_path(path, SimpleNamespace(pp_rank=0, dp_rank=None)) == path

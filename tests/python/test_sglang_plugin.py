@@ -204,6 +204,7 @@ def test_flags_are_seen_by_value_and_by_name() -> None:
 def test_open_flags_get_values_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_has_shared_experts", lambda _folder: True)
     args = SimpleNamespace(
+        model_path="/model",
         kt_weight_path="/experts",
         kt_num_gpu_experts=None,
         kt_max_deferred_experts_per_token=2,
@@ -213,6 +214,7 @@ def test_open_flags_get_values_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     )
     checks.adjust(args)
     assert vars(args) == {
+        "model_path": "/model",
         "kt_weight_path": "/experts",
         "kt_num_gpu_experts": 0,
         "kt_max_deferred_experts_per_token": 2,

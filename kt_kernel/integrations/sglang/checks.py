@@ -10,14 +10,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kt_kernel.checkpoint import model_sizes, read_config
-from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
+from kt_kernel.checkpoint import ModelSizes, model_sizes, read_config
+from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus, wrong_values
 from kt_kernel.experts import packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import cuda_flags, flags, memory
 from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
@@ -182,6 +183,9 @@ def check_flags(args: Any) -> ExpertSource:
         Names the flag, its value and what is possible.
     """
     check_weight_path_given(args)
+    for name, sentence in wrong_values().items():
+        if name != "KT_METHOD":  # --kt-method takes its place
+            raise ValueError(sentence)
     source = expert_source(args.kt_weight_path, args.kt_method)
     num_gpu_experts = args.kt_num_gpu_experts or 0
     if not 0 <= num_gpu_experts <= source.num_experts:
@@ -196,10 +200,26 @@ def check_flags(args: Any) -> ExpertSource:
     deferred = args.kt_max_deferred_experts_per_token or 0
     if deferred < 0:
         raise ValueError(f"--kt-max-deferred-experts-per-token is {deferred}; give at least 0.")
+    share = args.mem_fraction_static
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"--mem-fraction-static is {share:g}; give a share above 0, of at most 1.")
     check_split(args)  # here already, because SGLang fails on some of these with an assertion
     _check_same_model(args.model_path, source)
-    flags.check_location(args, source)
+    sizes = served_sizes(args)
+    flags.check_location(args, sizes and sizes.num_hidden_layers, source.num_experts)
     return source
+
+
+def served_sizes(args: Any) -> ModelSizes | None:
+    """Return the sizes of the served model, as far as config.json of the model or of the experts tells; None where
+    neither does, or where a flag changes what it says.
+    """
+    if getattr(args, "json_model_override_args", None) not in (None, "", "{}"):
+        return None
+    for path in (args.model_path, args.kt_weight_path):
+        with suppress(ValueError, OSError):
+            return model_sizes(Path(path).expanduser())
+    return None
 
 
 def expert_source(weight_path: str, method_name: str) -> ExpertSource:
@@ -269,6 +289,15 @@ def adjust(args: Any) -> None:
     """
     if args.kt_num_gpu_experts is None:
         args.kt_num_gpu_experts = 0
+    deferred, sizes = args.kt_max_deferred_experts_per_token or 0, served_sizes(args)
+    if sizes is not None and deferred > sizes.top_k:
+        args.kt_max_deferred_experts_per_token = sizes.top_k
+        logger.warning(
+            "kt_kernel: --kt-max-deferred-experts-per-token %d set to %d: a token of this model has %d experts",
+            deferred,
+            sizes.top_k,
+            sizes.top_k,
+        )
     if args.watchdog_timeout == SGLANG_WATCHDOG_SECONDS:
         args.watchdog_timeout = WATCHDOG_SECONDS
         logger.info("kt_kernel: --watchdog-timeout raised from %d to %d s", SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS)

@@ -133,7 +133,7 @@ def after_load_model(_result: None, model_runner: Any, *_args: Any, **_kwargs: A
     methods = [method for method in layers.wrapped_methods() if method.wrapper is not None]
     if not value or not methods or model_runner.is_draft_worker:
         return
-    path = record_path(Path(value), model_runner)
+    path = record_path(Path(value).expanduser(), model_runner)
     if path.exists():
         logger.warning("kt_kernel: %s is from an earlier run and will be overwritten", path)
     num_layers = model_runner.model_config.num_hidden_layers

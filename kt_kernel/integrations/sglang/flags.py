@@ -155,12 +155,9 @@ def hand_on(args: Any, open_source: Callable[[str, str], Any]) -> None:
         args.kt_num_gpu_experts = chosen
     record = getattr(args, "kt_record_expert_counts", None)
     if record is not None:
-        path = Path(record).expanduser().absolute()
-        if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(
-                f"--kt-record-expert-counts {record} is no file in a folder that exists; make {path.parent}."
-            )
-        os.environ["KT_EXPERT_COUNTS"] = str(path)
+        from kt_kernel.config import record_path
+
+        os.environ["KT_EXPERT_COUNTS"] = str(record_path(record, f"--kt-record-expert-counts {record}".strip()))
 
 
 def numa_nodes_value(nodes: list[int], threadpool_count: int | None) -> str:
@@ -169,8 +166,10 @@ def numa_nodes_value(nodes: list[int], threadpool_count: int | None) -> str:
     Raises
     ------
     ValueError
-        A negative or repeated node, or another number of nodes than thread pools.
+        A negative or repeated node, one that this process may not use, or another number of nodes than thread pools.
     """
+    from kt_kernel.config import check_nodes
+
     text = " ".join(map(str, nodes))
     if min(nodes) < 0 or len(set(nodes)) != len(nodes):
         raise ValueError(f"--kt-numa-nodes is {text}; give each node once, by its id of at least 0.")
@@ -179,6 +178,7 @@ def numa_nodes_value(nodes: list[int], threadpool_count: int | None) -> str:
             f"--kt-numa-nodes {text} names {len(nodes)} nodes but --kt-threadpool-count is {threadpool_count}; give "
             "one node per pool, or leave the count out."
         )
+    check_nodes(nodes, "--kt-numa-nodes")
     return ",".join(map(str, nodes))
 
 
@@ -208,7 +208,9 @@ def check_strategy(strategy: str, init_expert_location: str) -> None:
     from kt_kernel.placement import STRATEGIES
 
     if strategy not in STRATEGIES:
-        raise ValueError(f"--kt-expert-placement-strategy is {strategy!r}; give one of {', '.join(STRATEGIES)}.")
+        raise ValueError(
+            f"--kt-expert-placement-strategy is {strategy!r}; give uniform, or frequency with --init-expert-location."
+        )
     if strategy == "frequency" and init_expert_location == "trivial":
         raise ValueError(
             "--kt-expert-placement-strategy frequency needs --init-expert-location FILE; make the file with "
@@ -221,18 +223,21 @@ def check_strategy(strategy: str, init_expert_location: str) -> None:
         )
 
 
-def check_location(args: Any, source: Any) -> None:
-    """Check ``--init-expert-location`` against the experts, before any weight is read.
+def check_location(args: Any, num_layers: int | None, num_experts: int) -> None:
+    """Check ``--init-expert-location`` against the model, before any weight is read.
 
     Parameters
     ----------
     args : Namespace or ServerArgs
-    source : ExpertSource
+    num_layers : int or None
+        Layers of the served model, dense ones counted; None: not known.
+    num_experts : int
+        Experts of a layer.
 
     Raises
     ------
     ValueError
-        Not readable, or no permutation of the experts in some layer.
+        Not readable, of another size, or no permutation of the experts in some layer.
     """
     value = getattr(args, "init_expert_location", "trivial")
     if value == "trivial":
@@ -249,26 +254,32 @@ def check_location(args: Any, source: Any) -> None:
                 f"first; make the file with python -m kt_kernel.placement --counts {value} --output FILE.pt."
             )
         raise ValueError(f"--init-expert-location {value} has no {MAP_KEY}; give a file of kt_kernel.placement.")
+    if len(content) > 1:
+        others = ", ".join(str(key) for key in content if key != MAP_KEY)
+        raise ValueError(
+            f"--init-expert-location {value} has {others} beside {MAP_KEY}, which SGLang does not take; give a file of "
+            "kt_kernel.placement."
+        )
     try:
-        check_location(torch.as_tensor(content[MAP_KEY]), source.num_experts)
-    except (ValueError, TypeError) as error:
+        check_location(torch.as_tensor(content[MAP_KEY]), num_experts, num_layers)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"--init-expert-location: {error}") from None
 
 
 def _read_location(value: str) -> dict[str, Any]:
     """Read a location as SGLang does: a .pt or .json file, or JSON itself."""
-    import pickle
+    from kt_kernel.placement.record import load_saved
 
-    import torch
-
+    if not value.endswith((".pt", ".json")) and os.path.exists(value):
+        raise ValueError(
+            f"--init-expert-location {value} must end in .pt or .json, by which SGLang tells the kind of file."
+        )
     try:
         if value.endswith(".pt"):
-            content = torch.load(value, weights_only=True, map_location="cpu")
-        elif value.endswith(".json"):
-            content = json.loads(Path(value).read_text())
+            content = load_saved(Path(value))
         else:
-            content = json.loads(value)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            content = json.loads(Path(value).read_text() if value.endswith(".json") else value)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise ValueError(
             f"--init-expert-location {value[:200]} cannot be read ({reason}); give a .pt or .json file."

@@ -196,13 +196,25 @@ def _pack_device_experts(method: Any, layer: nn.Module) -> Any:
 
 
 def physical_to_logical_map(method: Any) -> Tensor:
-    """Return the model's expert in each slot of a layer: ``[num_experts]``, int64, CPU."""
+    """Return the model's expert in each slot of a layer: ``[num_experts]``, int64, CPU.
+
+    Raises
+    ------
+    ValueError
+        A map of fewer layers, for a model whose config.json was not there to compare with.
+    """
     from sglang.srt.eplb.expert_location_dispatch import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()
     if metadata is None:  # 19 model files of 0.5.18 publish no expert location; their slots are their experts
         return torch.arange(method.global_num_experts, dtype=torch.int64)
-    return metadata.physical_to_logical_map_cpu[method.kt_config.layer_idx].contiguous()
+    location, layer = metadata.physical_to_logical_map_cpu, method.kt_config.layer_idx
+    if layer >= len(location):
+        raise ValueError(
+            f"kt_kernel: --init-expert-location has {len(location)} layers but the model has a layer {layer}; make it "
+            "from a record of this model."
+        )
+    return location[layer].contiguous()
 
 
 def _in_speculative_scope() -> bool:
