@@ -12,8 +12,8 @@ switched to another implementation; ``register(free_weights=False)`` keeps the w
 
 from __future__ import annotations
 
-import itertools
 import logging
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ class _Settings:
 
 
 _settings = _Settings()
-_layers = itertools.count()
+_packed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -123,7 +123,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         raise RuntimeError("kt_kernel's experts cannot be trained; call model.eval() or choose another implementation.")
     layer = getattr(module, _ATTRIBUTE, None)
     if layer is None:
-        layer = _pack(module, top_k_index.shape[-1], next(_layers))
+        layer = _pack(module, top_k_index.shape[-1])
     if layer.num_device_experts and layer.gate_up_proj.device != hidden_states.device:
         layer.to(hidden_states.device)
     ids = top_k_index.masked_fill(top_k_index >= layer.config.num_experts, -1)
@@ -170,8 +170,13 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 @torch.compiler.disable
-def _pack(module: nn.Module, top_k: int, index: int) -> HybridMoE:
+def _pack(module: nn.Module, top_k: int, index: int | None = None) -> HybridMoE:
+    """Make the layer of `module`. Without an index it is the next of its model: layers of one model, and only they,
+    share a config object, but for models made of the same one by from_config.
+    """
     _check(module)
+    if index is None:
+        index = sum(other.config is module.config for other in list(_packed))
     layer = HybridMoE.from_tensors(
         module.gate_up_proj.detach(),
         module.down_proj.detach(),
@@ -184,6 +189,7 @@ def _pack(module: nn.Module, top_k: int, index: int) -> HybridMoE:
     )
     # not as a submodule: its tensors are no part of the model's state
     module.__dict__[_ATTRIBUTE] = layer
+    _packed.add(module)
     if _settings.free_weights:
         for name in ("gate_up_proj", "down_proj"):
             weight = getattr(module, name)

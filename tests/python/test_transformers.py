@@ -127,7 +127,29 @@ def test_transformers_computes_them_by_the_library(tmp_path: Path) -> None:
     layers = [getattr(module, kt_transformers._ATTRIBUTE) for module in experts_of(model)]
     counters = [layer.wrapper.moe.counters() for layer in layers]
     assert [row["rows"] for row in counters] == [IDS.numel() * 2] * LAYERS
-    assert [layer.config.layer_idx for layer in layers] == sorted(layer.config.layer_idx for layer in layers)
+    assert [layer.config.layer_idx for layer in layers] == list(range(LAYERS))
+
+
+def test_every_model_numbers_its_own_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also two whose layers are packed by turns, and one made after others are gone."""
+    save(tmp_path, "qwen3_moe")
+
+    def numbers(model) -> list[int]:
+        return [getattr(module, kt_transformers._ATTRIBUTE).config.layer_idx for module in experts_of(model)]
+
+    first, second = load(tmp_path), load(tmp_path)
+    arguments = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "kt_kernel.transformers"):
+        for pair in zip(experts_of(first), experts_of(second), strict=True):
+            for module in pair:
+                module(*arguments)
+    assert numbers(first) == numbers(second) == list(range(LAYERS))
+    assert len(caplog.records) == 2, "each model says once what computes its experts"
+    del first, second
+    third = load(tmp_path)
+    logits(third)
+    logits(third)
+    assert numbers(third) == list(range(LAYERS))
 
 
 def test_absent_experts_add_nothing(tmp_path: Path) -> None:
