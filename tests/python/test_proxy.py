@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from kt_kernel.integrations.sglang import bypass_proxy_for_own_traffic
+from kt_kernel.proxy import bypass_proxy_for_own_traffic
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from kt_kernel.integrations.sglang import bypass_proxy_for_own_traffic
     ],
 )
 def test_local_addresses_bypass_and_the_users_hosts_still_do(monkeypatch, lower, upper):
-    wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0", "::1"}
+    wanted = {"127.0.0.1:30000", "localhost", "0.0.0.0", "::1", "[::1]:30000"}
     for key, value in (("no_proxy", lower), ("NO_PROXY", upper)):
         monkeypatch.setenv(key, "")  # registers both with monkeypatch, which takes our changes back
         monkeypatch.delenv(key)

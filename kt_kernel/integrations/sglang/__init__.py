@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
+from kt_kernel.proxy import bypass_proxy_for_own_traffic
+
 PLATFORM_NAME = "kt_cpu"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0", "::1")
 
 
 def register() -> None:
@@ -80,20 +81,3 @@ def prepare_environment() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def bypass_proxy_for_own_traffic() -> None:
-    """Add the local addresses to ``no_proxy`` and ``NO_PROXY``, keeping what either of them names.
-
-    SGLang's start-up check is an HTTP request to itself. A proxy that answers it with an error makes 120 tries fail,
-    after which SGLang kills its own process tree: the "crash after four minutes". Where both variables are set the
-    lower case one wins, so both get the union; ``*`` (no proxy at all) stays what it is.
-    """
-    hosts: list[str] = []
-    for key in ("no_proxy", "NO_PROXY"):
-        hosts += [host.strip() for host in os.environ.get(key, "").split(",")]
-    if "*" not in hosts:
-        hosts += LOCAL_HOSTS
-    named = ["*"] if "*" in hosts else list(dict.fromkeys(host for host in hosts if host))
-    for key in ("no_proxy", "NO_PROXY"):
-        os.environ[key] = ",".join(named)
