@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -326,8 +325,7 @@ TEST(Deferral, HasTheSameBitsForEveryThreadCountAndSubmit) {
       for (size_t i = 0; i < model.layers.size(); ++i) {
         const auto batch = std::make_shared<Batch>(random_batch(9, static_cast<uint32_t>(i)));
         if (submit) {
-          const uint64_t ticket = model.layers[i]->submit(batch->input(), batch);
-          model.engine->stream().wait(ticket);
+          model.engine->stream().wait(model.layers[i]->submit(batch->input(), batch));
         } else {
           model.forward(i, *batch);
         }
@@ -481,16 +479,14 @@ TEST(Deferral, LayersMayGoWhileTheirSecondHalfIsQueued) {
       std::vector<std::shared_ptr<EngineLayer>> layers = {make_layer(engine, 0),
                                                           make_layer(engine, 1)};
       const auto batch = std::make_shared<Batch>(random_batch(3, seed + round));
-      uint64_t ticket = layers[0]->submit(batch->input(), batch);
+      const uint64_t ticket = layers[0]->submit(batch->input(), batch);
       link_layers(layers, {2, 2});
       engine->stream().wait(ticket);
       for (const auto& layer : layers) {
-        ticket = layer->submit(batch->input(), batch);
-        engine->stream().wait(ticket);
+        engine->stream().wait(layer->submit(batch->input(), batch));
         batch->output[0] = 0;  // the caller's from here on
       }
-      ticket = layers[0]->submit(batch->input(), batch);
-      engine->stream().wait(ticket);
+      engine->stream().wait(layers[0]->submit(batch->input(), batch));
     }
   };
   std::thread other(pass, 1000);
