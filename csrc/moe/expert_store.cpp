@@ -36,7 +36,7 @@ ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(co
   int num_slots = 0;
   for (const int expert : config.expert_ids) slot_[expert] = num_slots++;
   for (const int expert : config.reserved_ids) slot_[expert] = num_slots++;
-  loaded_.assign(num_slots, 0);
+  loaded_ = std::vector<std::atomic<bool>>(num_slots);
 
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     const int64_t panels = num_panels(projection);
@@ -62,7 +62,7 @@ ExpertStore::ExpertStore(const MoeConfig& config, WorkerPool& pool) : config_(co
 
 bool ExpertStore::all_loaded() const {
   return std::all_of(loaded_.begin(), loaded_.begin() + config_.expert_ids.size(),
-                     [](char loaded) { return loaded != 0; });
+                     [](const std::atomic<bool>& loaded) { return loaded.load(); });
 }
 
 int64_t ExpertStore::num_panels(Projection projection) const {
@@ -120,7 +120,7 @@ void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
     given[expert] = 1;
   }
   // an expert whose load fails half-way must not count as loaded, even if it was before
-  for (const int expert : experts) loaded_[slot_[expert]] = 0;
+  for (const int expert : experts) loaded_[slot_[expert]] = false;
   const auto body = [&](const Worker& worker) {
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {
       const IndexRange panels = node_panels(projection, worker.node);
@@ -136,7 +136,7 @@ void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
     }
   };
   pool_.run({body});
-  for (const int expert : experts) loaded_[slot_[expert]] = 1;
+  for (const int expert : experts) loaded_[slot_[expert]] = true;
 }
 
 void ExpertStore::load(const std::vector<Source>& sources) {
@@ -180,7 +180,7 @@ uint64_t ExpertStore::bytes() const {
   uint64_t total = 0;
   for (const NumaArena& arena : arenas_) total += arena.size();
   const auto first_reserved = loaded_.begin() + config_.expert_ids.size();
-  const auto num_late = std::count(first_reserved, loaded_.end(), char{1});
+  const auto num_late = std::count(first_reserved, loaded_.end(), true);
   // every arena has one place of equal size for each expert
   return total / loaded_.size() * (config_.expert_ids.size() + num_late);
 }

@@ -2,6 +2,7 @@
 // quantization at load.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -17,7 +18,8 @@ enum class Projection { kW13 = 0, kW2 = 1 };
 // Every matrix is cut by its output columns in whole panels over the nodes of the pool, in
 // proportion to their threads: nothing is summed across nodes and every byte is stored once.
 //
-// Threads   load_* by one thread at a time, before or between forwards; panel() from any thread.
+// Threads   load_* by one thread at a time, before or between forwards; panel(), and what tells how
+//           much is loaded, from any thread.
 // Lifetime  the pool must outlive the store.
 class ExpertStore {
  public:
@@ -76,11 +78,11 @@ class ExpertStore {
 
   MoeConfig config_;
   WorkerPool& pool_;
-  std::vector<int> slot_;                // expert -> slot, -1: not here
-  std::vector<char> loaded_;             // by slot
-  std::vector<NumaArena> arenas_;        // one for each projection and node
-  std::vector<uint8_t*> panel0_[2];      // by projection and panel: where slot 0 has it
-  std::vector<int64_t> slot_stride_[2];  // by projection and panel: bytes from slot to slot
+  std::vector<int> slot_;                  // expert -> slot, -1: not here
+  std::vector<std::atomic<bool>> loaded_;  // by slot
+  std::vector<NumaArena> arenas_;          // one for each projection and node
+  std::vector<uint8_t*> panel0_[2];        // by projection and panel: where slot 0 has it
+  std::vector<int64_t> slot_stride_[2];    // by projection and panel: bytes from slot to slot
 };
 
 }  // namespace kt

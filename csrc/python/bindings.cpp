@@ -280,7 +280,13 @@ void bind_engine(py::module_& m) {
                              })
       .def("probe_dispatch", &probe_dispatch, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("scratch_bytes",
-                             [](Engine& engine) { return engine.scratch()->bytes(); })
+                             [](Engine& engine) {
+                               const py::gil_scoped_release release;
+                               uint64_t bytes = 0;
+                               // forwards make the buffers larger
+                               engine.run([&] { bytes = engine.scratch()->bytes(); });
+                               return bytes;
+                             })
       .def("check_devices", &check_devices, py::call_guard<py::gil_scoped_release>())
       .def("clear_device_buffers", &clear_device_buffers, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("warnings", &Engine::warnings);
