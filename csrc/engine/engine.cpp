@@ -1,5 +1,7 @@
 #include "engine/engine.h"
 
+#include <atomic>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 
@@ -13,14 +15,32 @@ struct LayerTable {
   std::mutex mutex;
   std::unordered_map<int64_t, std::shared_ptr<EngineLayer>> layers;
   std::unordered_map<int64_t, PendingForward> pending;
-  int64_t next_handle = 1;
-  int64_t next_ticket = 1;
+  ForkGuard home;
 };
 
+// Not of the table: a fork's handles differ from the inherited ones.
+std::atomic<int64_t> next_handle{1};
+std::atomic<int64_t> next_ticket{1};
+
+// Never destroyed: a thread may still sync while the process exits. In a fork a new one: a thread
+// that is not there may hold the lock of the other, whose layers nobody there can use.
 LayerTable& layer_table() {
-  static LayerTable* table =
-      new LayerTable;  // never destroyed: a thread may still sync while the process exits
-  return *table;
+  static std::atomic<LayerTable*> table{new LayerTable};
+  LayerTable* found = table.load(std::memory_order_acquire);
+  if (!found->home.inherited()) return *found;
+  auto fresh = std::make_unique<LayerTable>();
+  if (table.compare_exchange_strong(found, fresh.get())) found = fresh.release();
+  return *found;
+}
+
+// Whether or not it succeeded.
+void wait_for_end(const PendingForward& pending) {
+  if (pending.stream_ticket == 0) return;
+  try {
+    pending.layer->engine->stream().wait(pending.stream_ticket);
+  } catch (const std::exception&) {
+    // the caller closed the layer instead of asking for the result: its error has no one to go to
+  }
 }
 
 }  // namespace
@@ -46,6 +66,7 @@ void Engine::run(std::function<void()> job) {
 }
 
 DeviceSync& Engine::device_sync(int device) {
+  home_.check();
   const std::lock_guard<std::mutex> lock(devices_mutex_);
   std::unique_ptr<DeviceSync>& sync = devices_[device];
   if (sync == nullptr) {
@@ -55,6 +76,7 @@ DeviceSync& Engine::device_sync(int device) {
 }
 
 void Engine::for_each_device(FunctionRef<void(DeviceSync&)> visit) {
+  home_.check();
   std::vector<DeviceSync*> made;
   {
     const std::lock_guard<std::mutex> lock(devices_mutex_);
@@ -71,6 +93,7 @@ EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& 
       layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
 
 EngineLayer::~EngineLayer() {
+  if (engine->inherited()) return;
   const uint64_t ticket = last_deferred_ticket_.load(std::memory_order_acquire);
   if (ticket != 0) engine->stream().wait(ticket);
   engine->for_each_device([this](DeviceSync& device) { device.retire(this); });
@@ -183,8 +206,9 @@ void link_layers(const std::vector<std::shared_ptr<EngineLayer>>& layers,
 int64_t register_layer(std::shared_ptr<EngineLayer> layer) {
   LayerTable& table = layer_table();
   const std::lock_guard<std::mutex> lock(table.mutex);
-  table.layers.emplace(table.next_handle, std::move(layer));
-  return table.next_handle++;
+  const int64_t handle = next_handle++;
+  table.layers.emplace(handle, std::move(layer));
+  return handle;
 }
 
 std::shared_ptr<EngineLayer> find_layer(int64_t handle) {
@@ -207,6 +231,7 @@ void close_layer(int64_t handle) {
     if (found == table.layers.end()) return;
     layer = std::move(found->second);
     table.layers.erase(found);
+    layer->closed_ = true;
     for (auto entry = table.pending.begin(); entry != table.pending.end();) {
       if (entry->second.layer == layer) {
         dropped.push_back(std::move(entry->second));
@@ -216,21 +241,24 @@ void close_layer(int64_t handle) {
       }
     }
   }
-  for (const PendingForward& pending : dropped) {
-    if (pending.stream_ticket == 0) continue;
-    try {
-      layer->engine->stream().wait(pending.stream_ticket);
-    } catch (const std::exception&) {
-      // the caller closed the layer instead of asking for the result: its error has no one to go to
-    }
-  }
+  for (const PendingForward& pending : dropped) wait_for_end(pending);
 }
 
 int64_t add_pending(PendingForward pending) {
   LayerTable& table = layer_table();
-  const std::lock_guard<std::mutex> lock(table.mutex);
-  table.pending.emplace(table.next_ticket, std::move(pending));
-  return table.next_ticket++;
+  {
+    const std::lock_guard<std::mutex> lock(table.mutex);
+    if (!pending.layer->closed_) {
+      const int64_t ticket = next_ticket++;
+      table.pending.emplace(ticket, std::move(pending));
+      return ticket;
+    }
+  }
+  // its output is written until then
+  wait_for_end(pending);
+  KT_CHECK(false, "layer " << pending.layer->layer.config().layer_idx
+                           << " was closed while a forward was being submitted to it; close a "
+                              "layer after its last submit has returned.");
 }
 
 PendingForward take_pending(int64_t ticket, std::string_view fetched_by) {

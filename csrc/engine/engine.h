@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/fork_guard.h"
 #include "base/span.h"
 #include "engine/layer_chain.h"
 #include "moe/deferral.h"
@@ -29,7 +30,9 @@ namespace kt {
 //
 // Threads   stream().submit() from any thread; everything that runs on the pool goes through the
 //           stream.
-// Lifetime  layers hold their engine; the destructor waits for queued jobs.
+// Lifetime  layers hold their engine; the destructor waits for queued jobs. In a fork() every use
+//           throws, and engines and layers go without waiting (base/fork_guard.h); a child may make
+//           an engine of its own.
 class Engine {
  public:
   // As plan_pool(): 0 means "all usable".
@@ -53,6 +56,8 @@ class Engine {
   DeviceSync& device_sync(int device);
   // Calls `visit` for each that was made.
   void for_each_device(FunctionRef<void(DeviceSync&)> visit);
+  // Whether this is a fork's copy.
+  bool inherited() const { return home_.inherited(); }
 
  private:
   Topology topology_;
@@ -62,7 +67,10 @@ class Engine {
   std::unique_ptr<CpuStream> stream_;
   std::mutex devices_mutex_;
   std::map<int, std::unique_ptr<DeviceSync>> devices_;
+  ForkGuard home_;
 };
+
+struct PendingForward;
 
 // A layer and the engine that runs it.
 //
@@ -116,6 +124,10 @@ class EngineLayer {
   std::vector<uint8_t> left_ids_;    // ids and
   std::vector<float> left_weights_;  // weights
   std::atomic<uint64_t> last_deferred_ticket_{0};
+
+  friend void close_layer(int64_t handle);
+  friend int64_t add_pending(PendingForward pending);
+  bool closed_ = false;  // under the lock of the table of layers
 };
 
 // Links the layers of one model in the order of a pass: each hands what it defers to the next.
@@ -144,6 +156,7 @@ struct PendingForward {
 
 // Keeps a forward until it is taken, or its layer closed; the tickets of all layers are distinct.
 // Thread-safe.
+// Errors  kt::Error for a layer that was closed since the forward was submitted: behind its end.
 int64_t add_pending(PendingForward pending);
 // Errors  kt::Error for a ticket that was never given out, was taken before, or whose layer was
 //         closed. For one that another operator fetches: the ticket is good for that one still.

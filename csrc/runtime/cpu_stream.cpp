@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -31,17 +30,50 @@ constexpr int kPollsPerClockRead = 32;
 
 using Clock = std::chrono::steady_clock;
 
+// First in, first out, in memory that is kept: it doubles when it is full.
+class JobQueue {
+ public:
+  struct Job {
+    uint64_t ticket = 0;
+    std::function<void()> body;
+  };
+
+  bool empty() const { return size_ == 0; }
+
+  void push(Job job) {
+    if (size_ == ring_.size()) grow();
+    ring_[(first_ + size_) % ring_.size()] = std::move(job);
+    ++size_;
+  }
+
+  Job pop() {
+    Job job = std::move(ring_[first_]);
+    first_ = (first_ + 1) % ring_.size();
+    --size_;
+    return job;
+  }
+
+ private:
+  void grow() {
+    std::vector<Job> larger(2 * size_);
+    for (size_t i = 0; i < size_; ++i) larger[i] = std::move(ring_[(first_ + i) % size_]);
+    ring_ = std::move(larger);
+    first_ = 0;
+  }
+
+  std::vector<Job> ring_ = std::vector<Job>(16);
+  size_t first_ = 0;
+  size_t size_ = 0;
+};
+
+using Job = JobQueue::Job;
+
 }  // namespace
 
 // The queue is under a mutex; the words only tell that something changed. They are advanced outside
 // the mutex, or the woken thread would run into it. Who waits reads the word first and the state
 // after it: a change behind that look ends the wait at once.
 struct CpuStream::State {
-  struct Job {
-    uint64_t ticket = 0;
-    std::function<void()> body;
-  };
-
   struct Polled {
     PolledWork* work = nullptr;
     std::chrono::microseconds spin{0};
@@ -53,14 +85,14 @@ struct CpuStream::State {
   void run_polled(PolledWork& found, uint32_t seen);
 
   std::mutex mutex;
-  std::deque<Job> jobs;                           // guarded by mutex
-  bool caller_runs = false;                       // guarded by mutex: a job of run() is on its way
+  JobQueue jobs;                                  // guarded by mutex
   std::map<uint64_t, std::exception_ptr> errors;  // guarded by mutex
   uint64_t num_submitted = 0;                     // guarded by mutex
   bool stopping = false;                          // guarded by mutex
-  ParkingWord started;                            // once: thread_start has returned
-  ParkingWord work;                               // a job was queued, or stopping
-  ParkingWord done;                               // a job is done
+  std::atomic<bool> caller_runs{false};  // a job of run() is on its way; written under mutex
+  ParkingWord started;                   // once: thread_start has returned
+  ParkingWord work;                      // a job was queued, or stopping
+  ParkingWord done;                      // a job is done
   std::atomic<uint64_t> num_completed{0};
   std::atomic<std::thread::id> runner{};  // the thread a job runs on now
   std::vector<Polled> polled;             // the stream's thread's own
@@ -88,7 +120,10 @@ void CpuStream::State::run_one(Job job) {
   done.advance();
 }
 
-// Looks for polled work until there is some, or until `work` is no longer `seen`: null.
+// Looks for polled work until there is some, or until `work` is no longer `seen`: null. While a
+// caller runs its job no other may begin, and the caller may be pinned to this thread's CPU (see
+// WorkerPool::CallerPin), where a poll would take half of it: asleep until run() ends, which
+// advances `work`.
 PolledWork* CpuStream::State::poll(uint32_t seen) {
   std::chrono::microseconds spin{0};
   for (const Polled& source : polled) spin = std::max(spin, source.spin);
@@ -98,6 +133,10 @@ PolledWork* CpuStream::State::poll(uint32_t seen) {
         if (source.work->ready()) return source.work;
       }
       if (work.load() != seen) return nullptr;
+      if (caller_runs.load(std::memory_order_relaxed)) {
+        work.wait_while(seen, 0);
+        return nullptr;
+      }
       __builtin_ia32_pause();
     }
     const auto idle =
@@ -115,7 +154,7 @@ void CpuStream::State::run_polled(PolledWork& found, uint32_t seen) {
   uint64_t ticket = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!caller_runs) {
+    if (!caller_runs.load(std::memory_order_relaxed)) {
       if (!jobs.empty()) return;
       ticket = ++num_submitted;
     }
@@ -136,9 +175,8 @@ void CpuStream::State::run_jobs() {
     Job job;
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      if (!jobs.empty() && !caller_runs) {
-        job = std::move(jobs.front());
-        jobs.pop_front();
+      if (!jobs.empty() && !caller_runs.load(std::memory_order_relaxed)) {
+        job = jobs.pop();
       } else if (stopping && jobs.empty()) {
         return;
       }
@@ -176,6 +214,10 @@ CpuStream::CpuStream(std::function<void()> thread_start) : state_(std::make_uniq
 }
 
 CpuStream::~CpuStream() {
+  if (home_.inherited()) {
+    state_.release();
+    return;
+  }
   {
     const std::lock_guard<std::mutex> lock(state_->mutex);
     state_->stopping = true;
@@ -185,28 +227,30 @@ CpuStream::~CpuStream() {
 }
 
 uint64_t CpuStream::submit(std::function<void()> job) {
+  home_.check();
   KT_CHECK(job != nullptr, "The job given to CpuStream::submit() is empty; give a callable.");
   uint64_t ticket = 0;
   {
     const std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->jobs.push({state_->num_submitted + 1, std::move(job)});
     ticket = ++state_->num_submitted;
-    state_->jobs.push_back({ticket, std::move(job)});
   }
   state_->work.advance();
   return ticket;
 }
 
 void CpuStream::run(std::function<void()> job) {
+  home_.check();
   KT_CHECK(job != nullptr, "The job given to CpuStream::run() is empty; give a callable.");
   State& state = *state_;
   uint64_t ticket = 0;
   {
     const std::lock_guard<std::mutex> lock(state.mutex);
     // another caller's run() counts as completed before it has cleared caller_runs
-    if (!state.caller_runs &&
+    if (!state.caller_runs.load(std::memory_order_relaxed) &&
         state.num_completed.load(std::memory_order_acquire) == state.num_submitted) {
       ticket = ++state.num_submitted;
-      state.caller_runs = true;
+      state.caller_runs.store(true, std::memory_order_relaxed);
     }
   }
   if (ticket == 0) {
@@ -221,7 +265,7 @@ void CpuStream::run(std::function<void()> job) {
   bool more = false;
   {
     const std::lock_guard<std::mutex> lock(state.mutex);
-    state.caller_runs = false;
+    state.caller_runs.store(false, std::memory_order_relaxed);
     more = !state.jobs.empty() || state.stopping || state.polls.load(std::memory_order_relaxed);
   }
   if (more) state.work.advance();
@@ -229,6 +273,7 @@ void CpuStream::run(std::function<void()> job) {
 }
 
 void CpuStream::wait(uint64_t ticket) {
+  home_.check();
   State& state = *state_;
   {
     const std::lock_guard<std::mutex> lock(state.mutex);

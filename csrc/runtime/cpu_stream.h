@@ -5,6 +5,8 @@
 #include <functional>
 #include <memory>
 
+#include "base/fork_guard.h"
+
 namespace kt {
 
 // Jobs that arrive otherwise than by CpuStream::submit(): a device rings for them by writing
@@ -29,7 +31,8 @@ class PolledWork {
 // Errors    an exception of a job is kept under its ticket and rethrown by wait(ticket), once;
 //           later jobs run.
 // Threads   submit() and wait() from any thread.
-// Lifetime  the destructor runs what is queued, then joins.
+// Lifetime  the destructor runs what is queued, then joins. In a fork() every call throws and the
+//           destructor does nothing (base/fork_guard.h).
 class CpuStream {
  public:
   // thread_start runs first on the stream's thread (pinning, naming).
@@ -64,6 +67,7 @@ class CpuStream {
  private:
   struct State;
   std::unique_ptr<State> state_;
+  ForkGuard home_;
 };
 
 }  // namespace kt

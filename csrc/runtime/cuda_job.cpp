@@ -186,8 +186,15 @@ void DeviceJobs::release_if_over(DeviceJob& job) {
 // Tensors that closures hold may want the GIL when they go: not on the CPU stream's thread.
 void DeviceJobs::recycle() {
   std::vector<DeviceWork> closures;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (garbage_.empty()) return;
+    closures.swap(garbage_);
+    garbage_.swap(spare_);
+  }
+  closures.clear();
   const std::lock_guard<std::mutex> lock(mutex_);
-  closures.swap(garbage_);
+  spare_.swap(closures);
 }
 
 // --- errors ---

@@ -156,6 +156,7 @@ class DeviceJobs : public PolledWork {
   std::vector<std::unique_ptr<DeviceJob>> jobs_;  // by id - 1
   std::vector<uint32_t> free_ids_;
   std::vector<DeviceWork> garbage_;  // closures to destroy on a thread of the caller's
+  std::vector<DeviceWork> spare_;    // the memory that garbage_ gets next
   std::map<const void*, std::unique_ptr<DeviceTimes>> times_;
   std::vector<std::unique_ptr<DeviceTimes>> retired_times_;  // captured jobs still count in them
   uint64_t next_serial_ = 1;

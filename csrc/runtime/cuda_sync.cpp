@@ -94,6 +94,12 @@ DeviceSync::DeviceSync(CpuStream& stream, int device, const DeviceSyncOptions& o
 }
 
 DeviceSync::~DeviceSync() {
+  if (home_.inherited()) {
+    jobs_.release();
+    context_.release();
+    for (std::unique_ptr<Arena>& arena : arenas_) arena.release();
+    return;
+  }
   jobs_->close();
   const auto deadline = std::chrono::steady_clock::now() + kDrainPatience;
   bool free = false;
@@ -179,7 +185,7 @@ Arena& DeviceSync::arena_for(const ArenaShape& shape, int num_tokens, bool captu
 
 DeviceTicket DeviceSync::submit(const DeviceInput& input, DeviceWork work, CuStream stream,
                                 CuStream current) {
-  jobs_->check();
+  check();
   const std::lock_guard<std::mutex> lock(mutex_);
   const CurrentContext context(driver_, context_->get());
   const bool captured = is_capturing(stream, current);
@@ -255,6 +261,7 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
 }
 
 void DeviceSync::sync(const DeviceTicket& ticket, void* result, CuStream stream, CuStream current) {
+  home_.check();
   const std::lock_guard<std::mutex> lock(mutex_);
   const CurrentContext context(driver_, context_->get());
   DeviceJob& job = jobs_->find(ticket.id, ticket.serial);
@@ -313,7 +320,13 @@ void DeviceSync::enqueue_sync(DeviceJob& job, void* result, CuStream stream, CuS
   order(stream, current);
 }
 
+void DeviceSync::check() {
+  home_.check();
+  jobs_->check();
+}
+
 void DeviceSync::abandon(const DeviceTicket& ticket) {
+  home_.check();
   const std::lock_guard<std::mutex> lock(mutex_);
   give_up(jobs_->find(ticket.id, ticket.serial));
 }
@@ -326,11 +339,13 @@ void DeviceSync::give_up(DeviceJob& job) {
 }
 
 void DeviceSync::retire(const void* owner) {
+  home_.check();
   const std::lock_guard<std::mutex> lock(mutex_);
   for (Slot* const slot : jobs_->retire(owner)) abandoned_.push_back(slot);
 }
 
 void DeviceSync::clear() {
+  home_.check();
   const std::lock_guard<std::mutex> lock(mutex_);
   const CurrentContext context(driver_, context_->get());
   free_unused(nullptr);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/fork_guard.h"
 #include "runtime/cuda_arena.h"
 #include "runtime/cuda_driver.h"
 #include "runtime/cuda_job.h"
@@ -107,7 +108,8 @@ struct DeviceTicket {
 //           called.
 // Lifetime  the destructor answers everything and waits up to 2 s for streams to drain; what a
 //           graph or a stream may still refer to is left alone for ever, with a thread that
-//           answers. `stream` outlives it.
+//           answers. `stream` outlives it. In a fork() every call throws and the destructor does
+//           nothing (base/fork_guard.h): CUDA cannot be used there either.
 class DeviceSync {
  public:
   DeviceSync(CpuStream& stream, int device, const DeviceSyncOptions& options);
@@ -123,7 +125,7 @@ class DeviceSync {
   // over. Errors  as sync() for a ticket that is not outstanding.
   void abandon(const DeviceTicket& ticket);
   // Throws what went wrong in jobs since the last call that did.
-  void check() { jobs_->check(); }
+  void check();
   // The layer is going away: see DeviceJobs::retire().
   void retire(const void* owner);
   // Frees arenas that neither a graph nor a job refers to. Waits for the CPU stream.
@@ -160,6 +162,7 @@ class DeviceSync {
   std::vector<Slot*> abandoned_;                // held until their job is over
   CuEvent order_event_ = nullptr;
   int last_layer_ = 0;
+  ForkGuard home_;
 };
 
 // The largest batch to expect, in tokens: arenas are made for at least that many. A hint.

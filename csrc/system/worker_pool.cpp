@@ -310,13 +310,20 @@ WorkerPool::WorkerPool(const PoolPlan& plan, const WorkerPoolOptions& options)
   state_->start_threads();
 }
 
-WorkerPool::~WorkerPool() { state_->stop_threads(); }
+WorkerPool::~WorkerPool() {
+  if (home_.inherited()) {
+    state_.release();
+  } else {
+    state_->stop_threads();
+  }
+}
 
 int WorkerPool::num_threads() const { return static_cast<int>(state_->slots.size()); }
 int WorkerPool::num_nodes() const { return static_cast<int>(state_->steps.size()); }
 const PoolPlan& WorkerPool::plan() const { return state_->plan; }
 
 void WorkerPool::run(std::initializer_list<Phase> phases) {
+  home_.check();
   State& state = *state_;
   KT_CHECK(!state.running.exchange(true, std::memory_order_acquire),
            "WorkerPool::run() was called while a run is going on; call it from one thread, and not "

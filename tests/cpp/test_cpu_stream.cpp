@@ -410,13 +410,33 @@ TEST(CpuStream, AnIdlePollerSleepsAndAWakeEndsIt) {
   stream.detach(bell);
 }
 
+double cpu_seconds() {
+  rusage usage;
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+         static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+}
+
+// What it looks for cannot run before, and the caller may be pinned to the poller's CPU.
+TEST(CpuStream, APollerSleepsWhileACallerRuns) {
+  CpuStream stream;
+  Bell bell([] {});
+  stream.attach(bell, 10'000'000);
+  for (const bool ring : {false, true}) {
+    const int runs = bell.runs;
+    const double before = cpu_seconds();
+    stream.run([&] {
+      bell.rung = ring;
+      std::this_thread::sleep_for(milliseconds(300));
+      EXPECT_EQ(bell.runs, runs);
+    });
+    EXPECT_LT(cpu_seconds() - before, 0.1) << "of 0.3 s";
+    while (bell.rung) std::this_thread::yield();
+  }
+  stream.detach(bell);
+}
+
 TEST(CpuStream, WaitingAndIdlingBurnNoCpuTime) {
-  const auto cpu_seconds = [] {
-    rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-           static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
-  };
   CpuStream stream;
   const double before = cpu_seconds();
   stream.wait(stream.submit([] { std::this_thread::sleep_for(milliseconds(200)); }));

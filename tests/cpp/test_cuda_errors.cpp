@@ -1,8 +1,11 @@
 // What goes wrong in forwards that a device's stream asks for: an error, and never a wait without
 // end.
 #include <atomic>
+#include <functional>
+#include <initializer_list>
 #include <thread>
 
+#include "child_process.h"
 #include "stream_model.h"
 
 namespace kt {
@@ -265,6 +268,28 @@ TEST_P(CudaErrors, TheDefaultStreamBesideACaptureIsRefusedWithAWayOut) {
   sync.sync(model.submit(sync, 8, 0, nullptr, nullptr), result.data(), nullptr, nullptr);
   while (double_driver().stream_query(nullptr) == kCuNotReady) std::this_thread::yield();
   EXPECT_EQ(result, model.expected_share(0, 8, 0));
+}
+
+TEST_P(CudaErrors, AnInheritedOneSaysSoAndIsLeftAlone) {
+  StreamModel& model = this->model();
+  auto sync = std::make_unique<DeviceSync>(cpu_, 0, options());
+  std::vector<float> result(48);
+  const DeviceTicket ticket = model.submit(*sync, 8, 0, streams_[0], streams_[0]);
+  EXPECT_EQ(in_child([&]() -> std::string {
+              for (const auto& use : std::initializer_list<std::function<void()>>{
+                       [&] { model.submit(*sync, 8, 0, streams_[0], streams_[0]); },
+                       [&] { sync->sync(ticket, result.data(), streams_[0], streams_[0]); },
+                       [&] { sync->abandon(ticket); }, [&] { sync->check(); },
+                       [&] { sync->retire(&model); }, [&] { sync->clear(); }}) {
+                const std::string error = error_text(use);
+                if (error.find("fork()") == std::string::npos) return "error '" + error + "'";
+              }
+              sync.reset();
+              return "ended";
+            }),
+            "ended");
+  sync->sync(ticket, result.data(), streams_[0], streams_[0]);
+  EXPECT_EQ(drain(), kCuSuccess);
 }
 
 TEST_P(CudaErrors, ABrokenContextEndsInErrorsNotInWaits) {

@@ -41,7 +41,7 @@ struct CUstream_st {
   fake_cuda::Lane* lane;
   fake_cuda::TaskPtr last;
   fake_cuda::CapturePtr capture;
-  std::set<int> tails;  // of the capture: what the next node depends on
+  std::set<int> tails;   // of the capture: what the next node depends on
   bool blocking = true;  // the legacy default stream waits for it, and it for that one
 };
 
