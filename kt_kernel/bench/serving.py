@@ -34,6 +34,7 @@ from kt_kernel.proxy import bypass_proxy_for_own_traffic
 
 CLIENT = "kt_kernel.integrations.sglang.bench_serving"
 ANSWER_SECONDS = 30
+PICTURES = (".png", ".svg", ".pdf")
 # What is kept of /server_info; the rest has keys and passwords.
 SERVER_FIELDS = ("version", "model_path", "kt_method", "max_running_requests", "max_total_num_tokens")
 
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder of the tokenizer, where the server is on another machine")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a number of users may take (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the tables into a picture (.png, .svg, .pdf)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the tables ({', '.join(PICTURES)})")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -136,15 +137,10 @@ def main(args: argparse.Namespace) -> int:
         "workloads": [asdict(workload) | {"rows": []} for workload in workloads],
     }
     try:
-        # what an earlier run left in the prefix cache is not to serve this one
-        fetch(f"{args.url}/flush_cache?timeout={ANSWER_SECONDS - 1}", method="POST")
         for index, row in run_all(args, workloads, users, tokenizer):
             result["workloads"][index]["rows"].append(asdict(row))
             progress = f"{workloads[index].name}, {row.users} users: {row.total_tokens_per_s:.1f} tokens/s in total"
             print(progress, file=sys.stderr)
-    except OSError as error:
-        print(f"the cache of the server at {args.url} was not flushed ({error}); is it busy?", file=sys.stderr)
-        return 1
     except WrongAnswerError as error:
         print(error, file=sys.stderr)
         return 1
@@ -174,6 +170,8 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
         )
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
+    if args.plot and args.plot.suffix not in PICTURES:
+        raise ValueError(f"--plot is {args.plot}; it must end in one of {', '.join(PICTURES)}.")
     if args.plot and not args.plot.resolve().parent.is_dir():
         raise ValueError(f"--plot is {args.plot}, but there is no folder {args.plot.resolve().parent}.")
     args.url = args.url.rstrip("/")
@@ -182,7 +180,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     return users
 
 
-def fetch(url: str, *, method: str = "GET") -> bytes:
+def fetch(url: str) -> bytes:
     """Return the body of a URL.
 
     Raises
@@ -190,7 +188,7 @@ def fetch(url: str, *, method: str = "GET") -> bytes:
     OSError
         No connection, or a status that is no success (`urllib.error.HTTPError`).
     """
-    request = urllib.request.Request(url, method=method)
+    request = urllib.request.Request(url)
     if key := os.environ.get("OPENAI_API_KEY"):  # where bench_serving takes it from
         request.add_header("Authorization", f"Bearer {key}")
     with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
@@ -227,7 +225,10 @@ def find_tokenizer(wanted: str | None, server: dict) -> str:
 
 
 def choose_workloads(args: argparse.Namespace, server: dict) -> list[Workload]:
-    """Return the workloads the flags ask for; ValueError where a request is longer than the server takes."""
+    """Return the workloads the flags ask for; ValueError where a request is longer than the server takes.
+
+    Random prompts come first: their runs flush the prefix cache, also of what an earlier bench left there.
+    """
     workloads = [Workload("random prompts", 0, args.input_tokens, args.output_tokens)]
     if args.shared_tokens:
         workloads.append(Workload("shared prefix", args.shared_tokens, args.input_tokens, args.output_tokens))
@@ -260,7 +261,7 @@ def client_flags(args: argparse.Namespace, workload: Workload, users: int, token
         "--model": tokenizer,  # it looks for a chat template there, and else on the hub under the served name
         "--tokenizer": tokenizer,
         "--max-concurrency": users,
-        "--seed": 1000 * workload.shared_tokens + users,  # no prompt twice in the cache
+        "--seed": 1000 * workload.shared_tokens + users,  # no two runs with the same prompts
         "--extra-request-body": json.dumps(body),
         "--output-file": output,
     }
@@ -324,7 +325,7 @@ def wait_for_output(client: subprocess.Popen, output: Path, timeout: float, log:
                 f"bench_serving ended with code {client.returncode} and without a result: {lines[-1][:500]}"
             )
         if time.monotonic() > deadline:
-            raise WrongAnswerError(f"bench_serving had no result after {timeout:.0f} s; raise --timeout.")
+            raise WrongAnswerError(f"bench_serving had no result after {timeout:g} s; raise --timeout.")
         time.sleep(0.1)
 
 
