@@ -40,9 +40,8 @@ task_tsan() { ## run the tests of the pool and the stream under ThreadSanitizer
   ctest --test-dir build/tsan --output-on-failure -R 'worker_pool|cpu_stream|engine|deferral|fake_cuda|cuda_sync|cuda_schedules' "$@"
 }
 
-task_bench() { ## build and run the kernel bench; more arguments go to it
-  cpp_tests test -DCMAKE_BUILD_TYPE=Release -DKT_BUILD_BENCHES=ON
-  build/test/bench_kernels "$@"
+task_bench() { ## measure every kernel of the installed clone; more arguments go to python -m kt_kernel.bench kernels
+  "$python" -m kt_kernel.bench kernels "$@"
 }
 
 task_lint() { ## ruff on Python, clang-format on C++, bash -n on shell

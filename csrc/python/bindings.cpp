@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "base/cpu_features.h"
 #include "engine/engine.h"
+#include "engine/kernel_bench.h"
 #include "engine/probe.h"
 #include "kernels/registry.h"
 #include "moe/moe_scratch.h"
@@ -323,6 +324,23 @@ void bind_layer(py::module_& m) {
   m.def("link_layers", &link_handles, py::arg("layers"), py::arg("max_deferred"));
 }
 
+void bind_kernel_bench(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  const auto make = [](const std::string& layout, int64_t k, int max_rows, int64_t buffer_bytes) {
+    return std::make_unique<KernelBench>(PackedLayout::parse(layout), k, max_rows, buffer_bytes);
+  };
+  py::class_<KernelBench>(m, "KernelBench", "Rows of kernels.inc for one layout, timed one by one.")
+      .def(py::init(make), py::arg("layout"), py::arg("k"), py::arg("max_rows"),
+           py::arg("buffer_bytes"), Release())
+      .def_property_readonly("kernels", &KernelBench::kernels)
+      .def_property_readonly("panel_bytes", &KernelBench::panel_bytes)
+      .def("matches", &KernelBench::matches, py::arg("kernel"), py::arg("m"), Release())
+      .def("stream_rate", &KernelBench::stream_rate, py::arg("kernel"), py::arg("m"), Release())
+      .def("hot_rate", &KernelBench::hot_rate, py::arg("kernel"), py::arg("m"), Release())
+      .def("read_rate", &KernelBench::read_rate, py::arg("kernel"), Release())
+      .def("peak_rate", &KernelBench::peak_rate, py::arg("kernel"), Release());
+}
+
 }  // namespace
 }  // namespace kt
 
@@ -336,4 +354,5 @@ PYBIND11_MODULE(_ext, m) {
   m.def("layout_info", &kt::layout_dict, py::arg("layout"), py::arg("n"), py::arg("k"));
   kt::bind_engine(m);
   kt::bind_layer(m);
+  kt::bind_kernel_bench(m);
 }

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kt_kernel.bench import layer
+from kt_kernel.bench import kernels, layer
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kt_kernel.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    layer.add_arguments(commands.add_parser("layer", help="one MoE layer beside the machine's limits"))
-    return layer.main(parser.parse_args())
+    benches = {
+        "kernels": (kernels, "every GEMM kernel beside the limits of one core"),
+        "layer": (layer, "one MoE layer beside the machine's limits"),
+    }
+    for name, (module, text) in benches.items():
+        module.add_arguments(commands.add_parser(name, help=text))
+    args = parser.parse_args()
+    return benches[args.command][0].main(args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def last_level_cache_bytes() -> int:
+    """Bytes of the largest cache of the first CPU, or 0 where the system does not tell."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        kilobytes = path.read_text().strip().removesuffix("K")
+        if kilobytes.isdecimal():
+            sizes.append(int(kilobytes) << 10)
+    return max(sizes)
+
+
 def drift(calibration: Sequence[float]) -> float:
     """How far the last quarter of the calibration lies from the first, as a share: medians, by round."""
     quarter = max(len(calibration) // 4, 1)
@@ -45,6 +56,21 @@ def refuse_drift(moved: float) -> str | None:
         f"thrown away: the calibration moved by {100 * moved:.0f} % during the run, more than "
         f"{100 * MAX_DRIFT:.0f} %; run it again on a quieter machine."
     )
+
+
+def end_of_run(moved: float) -> int:
+    """Exit code of a run whose calibration moved by this share; tells on stderr where it is thrown away."""
+    thrown_away = refuse_drift(moved)
+    if thrown_away is None:
+        return 0
+    print(thrown_away, file=sys.stderr)
+    return EXIT_NOT_QUIET
+
+
+def spread(values: Sequence[float]) -> float:
+    """p90 - p10."""
+    ordered = sorted(values)
+    return ordered[int(0.9 * (len(ordered) - 1))] - ordered[int(0.1 * (len(ordered) - 1))]
 
 
 def positive_numbers(flag: str, text: str) -> list[int]:

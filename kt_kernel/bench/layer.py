@@ -88,11 +88,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_table(result)
-    thrown_away = conditions.refuse_drift(result["drift"])
-    if thrown_away is not None:
-        print(thrown_away, file=sys.stderr)
-        return conditions.EXIT_NOT_QUIET
-    return 0
+    return conditions.end_of_run(result["drift"])
 
 
 def cut_to_machine(shape: Shape, method: Method) -> Shape:
@@ -197,7 +193,7 @@ def summarize(tokens: int, samples: list, shape: Shape, reads: list[float], peak
     by_read = [size / seconds / reads[int(index)] for seconds, size, _, index in samples]
     by_peak = [operations / seconds / peak for seconds, _, operations, _ in samples]
     # the limit that binds is the one whose share is larger
-    shares = sorted(by_read if statistics.median(by_read) > statistics.median(by_peak) else by_peak)
+    shares = by_read if statistics.median(by_read) > statistics.median(by_peak) else by_peak
     return Row(
         tokens=tokens,
         rows_per_expert=tokens * shape.top_k / shape.num_experts,
@@ -206,7 +202,7 @@ def summarize(tokens: int, samples: list, shape: Shape, reads: list[float], peak
         share_of_read=statistics.median(by_read),
         gops=statistics.median(operations / seconds for seconds, _, operations, _ in samples) / 1e9,
         share_of_peak=statistics.median(by_peak),
-        spread=shares[int(0.9 * (len(shares) - 1))] - shares[int(0.1 * (len(shares) - 1))],
+        spread=conditions.spread(shares),
     )
 
 

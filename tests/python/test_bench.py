@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
 
-from kt_kernel.bench import conditions, layer
+from kt_kernel.bench import conditions, kernels, layer
 from kt_kernel.bench.shapes import SHAPES, Shape
+
+
+def run_kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
+    buffer_mb = max(64, kernels.CACHES_OF_A_BUFFER * conditions.last_level_cache_bytes() >> 20)
+    command = [sys.executable, "-m", "kt_kernel.bench", "kernels", "--buffer-mb", str(buffer_mb), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,3 +82,76 @@ def test_lists_of_numbers_are_refused_in_one_sentence(text):
     assert conditions.positive_numbers("--m", "1,16") == [1, 16]
     with pytest.raises(ValueError, match=f"^--m {text} must be positive numbers, comma separated.$"):
         conditions.positive_numbers("--m", text)
+
+
+def test_kernels_are_summarized_by_medians_of_ratios_within_a_round():
+    taken = kernels.Samples(read=[100.0, 50.0, 25.0], peak=[80.0] * 3, stream=[50.0, 25.0, 12.5], hot=[40.0] * 3)
+    row = kernels.summarize("int8", "gemm", 2, taken, panel_bytes=256, k=1)
+    assert row.share_of_read == pytest.approx(0.5)
+    # 2 * m * 64 * k operations a panel of 256 bytes are one operation a byte
+    assert row.gops == pytest.approx(25e-9)
+    assert row.share_of_peak == pytest.approx(25 / 80)
+    assert row.hot_share_of_peak == pytest.approx(0.5)
+    assert row.spread == pytest.approx(0.0)
+
+
+def test_the_drift_of_the_kernels_limits_is_that_of_most_samples():
+    steady, other = [10.0] * 8, [300.0] * 8
+    outlier = [10.0] * 7 + [1.0]
+    samples = {("a", 1): kernels.Samples(steady, steady), ("b", 1): kernels.Samples(other, steady)}
+    samples["c", 1] = kernels.Samples(outlier, steady)
+    assert kernels.drift_of(samples, 8) == pytest.approx(0.0)
+    slower = [10.0] * 4 + [8.0] * 4
+    samples = {("a", 1): kernels.Samples(steady, slower), ("b", 1): kernels.Samples(steady, slower)}
+    assert kernels.drift_of(samples, 8) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int4g128", "int4", "bf16"])
+def test_short_run_of_the_kernels_checks_results_and_prints_json(format_name):
+    done = run_kernels("--filter", f"{format_name} ", "--m", "1,7", "--k", "192", "--rounds", "1", "--json")
+    assert done.returncode in (0, 3), done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["m"] for row in rows} == {1, 7} and {row["format"] for row in rows} == {format_name}
+    assert {row["kernel"] for row in rows} == set(kernels.kernels_of(format_name))
+    assert all(row["gb_per_s"] > 0 and row["share_of_peak"] > 0 for row in rows)
+
+
+def test_a_wrong_kernel_ends_the_bench_before_it_measures(monkeypatch, capsys):
+    class WrongAtTwo(kernels._ext.KernelBench):
+        def matches(self, kernel, m):
+            return m != 2
+
+    monkeypatch.setattr(kernels._ext, "KernelBench", WrongAtTwo)
+    monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("measured"))
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    flags = ["--filter", "bf16 gemm_bf16_bf16_fp32_1x64x2_reference", "--m", "1,2", "--k", "64"]
+    assert kernels.main(parser.parse_args(flags)) == 1
+    assert capsys.readouterr().err == (
+        "wrong result: bf16 gemm_bf16_bf16_fp32_1x64x2_reference at m = 2 differs from the reference row.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--m", "1,x"], "--m 1,x must be positive numbers, comma separated."),
+        (["--rounds", "0"], "--rounds 0 must be positive numbers, comma separated."),
+        (["--filter", "int5"], "--filter int5 leaves no kernel that may run here; python -m kt_kernel.collect_env"),
+        (["--k", "100"], "k is 100; it must be a multiple of 64 up to 65536."),
+    ],
+)
+def test_bad_flags_of_the_kernel_bench_are_one_sentence(flags, sentence):
+    done = run_kernels(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+
+
+def test_a_buffer_that_a_cache_could_hold_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(conditions, "last_level_cache_bytes", lambda: 40 << 20)
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    assert kernels.main(parser.parse_args(["--buffer-mb", "79"])) == 2
+    assert capsys.readouterr().err == (
+        "--buffer-mb 79 would be read from the last-level cache of 40 MB; give at least 80.\n"
+    )

@@ -1,0 +1,242 @@
+#include "engine/kernel_bench.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "base/check.h"
+#include "base/cpu_features.h"
+#include "base/span.h"
+#include "format/quantize.h"
+
+namespace kt {
+namespace {
+
+// A measurement takes about so long, or reads so much: long against the clock (1 us), short against
+// the moods of a shared machine.
+constexpr double kStretchSeconds = 0.004;
+constexpr int64_t kStretchBytes = int64_t{12} << 20;
+
+// Different panels in the buffer: kernels do not look at values.
+constexpr int64_t kDistinctPanels = 8;
+
+std::atomic<uint64_t> sink{0};  // else a compiler may leave the probes out
+
+double thread_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// Magnitudes from 2^-7 to 2: sign, mantissa and three bits of the exponent are kept.
+uint16_t random_bf16(std::mt19937& random) {
+  return static_cast<uint16_t>((random() & 0x83ffu) | 0x3c00u);
+}
+
+int8_t random_code(std::mt19937& random, int limit) {
+  return static_cast<int8_t>(static_cast<int>(random() % (2u * limit + 1)) - limit);
+}
+
+}  // namespace
+
+int64_t last_level_cache_bytes() { return std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 0); }
+
+KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, int64_t buffer_bytes)
+    : layout_(layout),
+      k_(k),
+      max_rows_(max_rows),
+      panel_bytes_(layout.panel_bytes(k)),
+      num_panels_(buffer_bytes / panel_bytes_),
+      group_size_(static_cast<int>(std::min<int64_t>(layout.effective_group_size(k), k))) {
+  KT_CHECK(k % 64 == 0 && k <= kMaxIntegerK,
+           "k is " << k << "; it must be a multiple of 64 up to " << kMaxIntegerK << ".");
+  KT_CHECK(max_rows >= 1, "the kernels are to be given " << max_rows << " rows; give at least 1.");
+  KT_CHECK(num_panels_ >= 2, "a buffer of " << buffer_bytes << " bytes holds no two panels of "
+                                            << panel_bytes_ << "; give more.");
+  for (const GemmKernel& kernel : list_gemm_kernels()) {
+    if (kernel.weight_dtype != layout.code || (kernel.isa & ~cpu_features().chosen) != 0) continue;
+    if (kernel.isa == kIsaReference && kernel.expand == nullptr) reference_ = &kernel;
+    kernels_.push_back(&kernel);
+  }
+  KT_CHECK(reference_ != nullptr,
+           "kernels.inc has no reference row for " << dtype_name(layout.code) << ".");
+  const size_t outputs = static_cast<size_t>(max_rows) * kPanelColumns;
+  c_.resize(outputs);
+  expected_.resize(outputs);
+  panels_ = NumaArena(static_cast<size_t>(num_panels_ * panel_bytes_), -1);
+  expanded_ = NumaArena(
+      static_cast<size_t>(k * kPanelColumns + layout.num_groups(k) * int64_t{4} * kPanelColumns),
+      -1);
+  fill_panels();
+  fill_activations();
+}
+
+void KernelBench::fill_panels() {
+  std::mt19937 random(1);
+  const size_t values = static_cast<size_t>(kPanelColumns * k_);
+  std::vector<uint16_t> bf16(values);
+  std::vector<int8_t> codes(values);
+  std::vector<float> scales(static_cast<size_t>(kPanelColumns) * layout_.num_groups(k_));
+  for (int64_t p = 0; p < std::min(kDistinctPanels, num_panels_); ++p) {
+    for (float& scale : scales) scale = 0.001f + 1e-6f * static_cast<float>(random() % 1000);
+    for (size_t i = 0; i < values; ++i) {
+      bf16[i] = random_bf16(random);
+      codes[i] = random_code(random, layout_.code == DType::kInt4 ? 7 : 127);
+    }
+    const void* given = codes.data();
+    if (layout_.code == DType::kBFloat16) given = bf16.data();
+    pack_panel(layout_, k_, given, scales.data(), panels_.data() + p * panel_bytes_);
+  }
+  for (int64_t p = kDistinctPanels; p < num_panels_; ++p) {
+    std::memcpy(panels_.data() + p * panel_bytes_, panel(p % kDistinctPanels), panel_bytes_);
+  }
+}
+
+void KernelBench::fill_activations() {
+  std::mt19937 random(2);
+  // 64 values beyond k keep rows of a power of two out of the same cache sets
+  a_.stride = k_ + 64;
+  const size_t values = static_cast<size_t>(max_rows_ * a_.stride);
+  a_.int8 = NumaArena(values, -1);
+  a_.uint8 = NumaArena(values, -1);
+  a_.bf16 = NumaArena(2 * values, -1);
+  const int num_groups = layout_.num_groups(k_);
+  a_.group_sum.assign(static_cast<size_t>(max_rows_) * num_groups, 0);
+  for (int i = 0; i < max_rows_; ++i) {
+    a_.row_idx.push_back(max_rows_ - 1 - i);
+    a_.scale.push_back(0.01f + 0.001f * static_cast<float>(i));
+    for (int64_t j = 0; j < k_; ++j) {
+      const int8_t code = random_code(random, 127);
+      const uint16_t bits = random_bf16(random);
+      const int64_t at = i * a_.stride + j;
+      a_.int8.data()[at] = static_cast<uint8_t>(code);
+      a_.uint8.data()[at] = static_cast<uint8_t>(code + 128);
+      std::memcpy(a_.bf16.data() + 2 * at, &bits, sizeof bits);
+      a_.group_sum[static_cast<size_t>(i * num_groups + j / group_size_)] += code;
+    }
+  }
+}
+
+const GemmKernel& KernelBench::find(const std::string& name) const {
+  for (const GemmKernel* kernel : kernels_) {
+    if (kernel->name == name) return *kernel;
+  }
+  KT_CHECK(false, name << " is no row of kernels.inc for " << dtype_name(layout_.code)
+                       << " that may run here.");
+}
+
+const GemmKernel& KernelBench::find(const std::string& name, int m) const {
+  KT_CHECK(m >= 1 && m <= max_rows_,
+           "m is " << m << "; this bench was made for 1 to " << max_rows_ << " rows.");
+  return find(name);
+}
+
+std::vector<std::string> KernelBench::kernels() const {
+  std::vector<std::string> names;
+  for (const GemmKernel* kernel : kernels_) names.push_back(kernel->name);
+  return names;
+}
+
+void KernelBench::multiply(const GemmKernel& kernel, int m, int64_t index, float* c) {
+  GemmArgs args{};
+  const bool is_bf16 = kernel.a_dtype == DType::kBFloat16;
+  args.a = is_bf16                           ? a_.bf16.data()
+           : kernel.a_dtype == DType::kUint8 ? a_.uint8.data()
+                                             : a_.int8.data();
+  args.a_stride_bytes = is_bf16 ? 2 * a_.stride : a_.stride;
+  args.row_idx = a_.row_idx.data();
+  if (!is_bf16) args.a_scale = a_.scale.data();
+  if (layout_.code == DType::kInt4) args.a_group_sum = a_.group_sum.data();
+  args.a_group_sum_stride = layout_.num_groups(k_);
+  args.panel = panel(index);
+  args.next_panel = index + 1 < num_panels_ ? panel(index + 1) : nullptr;
+  args.c = c;
+  args.c_stride = kPanelColumns;
+  args.m = m;
+  args.k = static_cast<int32_t>(k_);
+  args.group_size = group_size_;
+  if (kernel.expand != nullptr) {
+    kernel.expand(args.panel, args.k, args.group_size, expanded_.data());
+    args.panel = expanded_.data();
+  }
+  kernel.gemm(args);
+}
+
+bool KernelBench::matches(const std::string& name, int m) {
+  const GemmKernel& kernel = find(name, m);
+  const int64_t index = std::min<int64_t>(3, num_panels_ - 1);
+  std::fill(c_.begin(), c_.end(), NAN);
+  multiply(kernel, m, index, c_.data());
+  multiply(*reference_, m, index, expected_.data());
+  const size_t count = static_cast<size_t>(m) * kPanelColumns;
+  if (layout_.code != DType::kBFloat16) {
+    return std::memcmp(c_.data(), expected_.data(), count * sizeof(float)) == 0;
+  }
+  // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
+  // at most 4k
+  const double k = static_cast<double>(k_);
+  const double bound = 2 * k * 4 * k * std::ldexp(1.0, -24);
+  for (size_t i = 0; i < count; ++i) {
+    if (!(std::abs(double{c_[i]} - double{expected_[i]}) <= bound)) return false;
+  }
+  return true;
+}
+
+int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {
+  multiply(kernel, m, 0, c_.data());
+  const double start = thread_seconds();
+  multiply(kernel, m, 0, c_.data());
+  const double seconds = std::max(thread_seconds() - start, 1e-7);
+  const int64_t most = std::min(num_panels_, ceil_div(kStretchBytes, panel_bytes_));
+  return std::clamp<int64_t>(static_cast<int64_t>(kStretchSeconds / seconds), 1, most);
+}
+
+// Where to walk next: on from the last walk, so that what is read was not read for a whole round of
+// the buffer.
+int64_t KernelBench::next_stretch(int64_t panels) {
+  const int64_t begin = cursor_ + panels <= num_panels_ ? cursor_ : 0;
+  cursor_ = begin + panels;
+  return begin;
+}
+
+double KernelBench::stream_rate(const std::string& name, int m) {
+  const GemmKernel& kernel = find(name, m);
+  const int64_t panels = panels_of_a_stretch(kernel, m);
+  const int64_t begin = next_stretch(panels);
+  const double start = thread_seconds();
+  for (int64_t i = 0; i < panels; ++i) multiply(kernel, m, begin + i, c_.data());
+  return static_cast<double>(panels * panel_bytes_) / (thread_seconds() - start);
+}
+
+double KernelBench::hot_rate(const std::string& name, int m) {
+  const GemmKernel& kernel = find(name, m);
+  const int64_t repeats = panels_of_a_stretch(kernel, m);
+  const double start = thread_seconds();
+  for (int64_t i = 0; i < repeats; ++i) multiply(kernel, m, 0, c_.data());
+  const double seconds = thread_seconds() - start;
+  return static_cast<double>(repeats * 2 * kPanelColumns * k_ * m) / seconds;
+}
+
+double KernelBench::read_rate(const std::string& name) {
+  const Probes probes = select_probes(layout_.code, find(name).isa);
+  const int64_t panels = std::min(num_panels_, ceil_div(kStretchBytes, panel_bytes_));
+  const int64_t begin = next_stretch(panels);
+  const double start = thread_seconds();
+  sink.fetch_xor(probes.read(panel(begin), panels * panel_bytes_), std::memory_order_relaxed);
+  return static_cast<double>(panels * panel_bytes_) / (thread_seconds() - start);
+}
+
+double KernelBench::peak_rate(const std::string& name) const {
+  constexpr int64_t kIterations = 50'000;  // 0.2 ms or more
+  const Probes probes = select_probes(layout_.code, find(name).isa);
+  const double start = thread_seconds();
+  sink.fetch_xor(probes.peak(kIterations), std::memory_order_relaxed);
+  return static_cast<double>(kIterations * probes.operations_per_iteration) /
+         (thread_seconds() - start);
+}
+
+}  // namespace kt

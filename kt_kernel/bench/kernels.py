@@ -1,0 +1,222 @@
+"""``python -m kt_kernel.bench kernels``: every GEMM row of kernels.inc beside what one core reads and multiplies.
+
+One thread, its CPU time. Every round measures each row at each m once, next to its two limits:
+
+    share of read = packed bytes of a walk through the buffer / time / bytes a second of the read probe
+    share of peak = 2 * m * 64 * k operations a panel / time / operations a second on registers
+    hot           = the share of the peak on one panel that stays in the cache
+
+A row of several features is measured against the probes of these features. The probes of int4 are those of int8;
+without VNNI an int4 kernel may pass them, for it sums pairs in int16 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from itertools import product
+
+from kt_kernel import _ext
+from kt_kernel.bench import conditions
+
+# What can be measured, by the name of a row of the table.
+FORMATS = {
+    "int8": "int8_n64k4_v1",
+    "int4g32": "int4g32_n64k8_v1",
+    "int4g128": "int4g128_n64k8_v1",
+    "int4": "int4_n64k8_v1",
+    "bf16": "bf16_n64k2_v1",
+}
+PANEL_COLUMNS = 64
+# A walk must come back to a panel only when no cache holds it any more.
+CACHES_OF_A_BUFFER = 2
+MIN_BUFFER_MB = 512
+
+
+class WrongResultError(Exception):
+    """A kernel does not give what the reference row gives."""
+
+
+@dataclass
+class Samples:
+    """What the rounds measured of one kernel at one m: rates a second."""
+
+    read: list[float] = field(default_factory=list)
+    peak: list[float] = field(default_factory=list)
+    stream: list[float] = field(default_factory=list)
+    hot: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """One line of the result: medians over rounds; spread is p90 - p10 of the share that binds."""
+
+    format: str
+    kernel: str
+    m: int
+    gb_per_s: float
+    share_of_read: float
+    gops: float
+    share_of_peak: float
+    hot_share_of_peak: float
+    spread: float
+    read_gb_per_s: float
+    peak_gops: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the bench."""
+    parser.add_argument("--filter", default="", help="only rows whose '<format> <kernel>' contains this text")
+    parser.add_argument("--m", default="1,2,4,8,16,64", help="rows of activations, comma separated")
+    parser.add_argument("--k", type=int, default=2048, help="columns of a panel, a multiple of 64")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--buffer-mb", type=int, default=0, help=f"weights; default {MIN_BUFFER_MB}, or 4 last-level caches if more"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the bench and print its result.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 1 wrong result, 2 bad arguments, 3 the machine was not quiet (the result is printed anyway).
+    """
+    cache_mb = conditions.last_level_cache_bytes() >> 20
+    buffer_mb = args.buffer_mb or max(MIN_BUFFER_MB, 4 * cache_mb)
+    try:
+        row_counts = conditions.positive_numbers("--m", args.m)
+        conditions.positive_numbers("--rounds", str(args.rounds))
+        if buffer_mb < CACHES_OF_A_BUFFER * cache_mb:
+            raise ValueError(
+                f"--buffer-mb {buffer_mb} would be read from the last-level cache of {cache_mb} MB; give at least "
+                f"{CACHES_OF_A_BUFFER * cache_mb}."
+            )
+        formats = [name for name in FORMATS if matching(name, kernels_of(name), args.filter)]
+        if not formats:
+            raise ValueError(
+                f"--filter {args.filter} leaves no kernel that may run here; python -m kt_kernel.collect_env lists "
+                f"them."
+            )
+        rows, drift = [], 0.0
+        for name in formats:
+            found, moved = bench_format(name, args, row_counts, buffer_mb)
+            rows += found
+            drift = max(drift, moved)
+    except WrongResultError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    result = {
+        "machine": conditions.machine(),
+        "commit": conditions.commit(),
+        "command": f"python -m kt_kernel.bench kernels --filter '{args.filter}' --m {args.m} --k {args.k} "
+        f"--rounds {args.rounds} --buffer-mb {buffer_mb}",
+        "force_isa": os.environ.get("KT_FORCE_ISA", ""),
+        "last_level_cache_mb": cache_mb,
+        "drift": drift,
+        "rows": [asdict(row) for row in rows],
+    }
+    print(json.dumps(result, indent=2) if args.json else table(result))
+    return conditions.end_of_run(drift)
+
+
+def kernels_of(format_name: str) -> list[str]:
+    """Names of the rows for a format that may run here; nothing large is allocated."""
+    return list(_ext.KernelBench(FORMATS[format_name], 64, 1, 1 << 20).kernels)
+
+
+def matching(format_name: str, kernels: list[str], text: str) -> list[str]:
+    """The kernels that ``--filter text`` leaves of a format."""
+    return [kernel for kernel in kernels if text in f"{format_name} {kernel}"]
+
+
+def bench_format(name: str, args: argparse.Namespace, row_counts: list[int], buffer_mb: int) -> tuple[list[Row], float]:
+    """Check and measure the rows of one format; returns their lines and the drift of their limits."""
+    bench = _ext.KernelBench(FORMATS[name], args.k, max(row_counts), buffer_mb << 20)
+    kernels = matching(name, bench.kernels, args.filter)
+    for kernel, m in product(kernels, row_counts):
+        if not bench.matches(kernel, m):
+            raise WrongResultError(f"wrong result: {name} {kernel} at m = {m} differs from the reference row.")
+    samples = measure(bench, kernels, row_counts, args.rounds)
+    rows = [summarize(name, *key, taken, bench.panel_bytes, args.k) for key, taken in samples.items()]
+    return rows, drift_of(samples, args.rounds)
+
+
+def measure(
+    bench: _ext.KernelBench, kernels: list[str], row_counts: list[int], rounds: int
+) -> dict[tuple[str, int], Samples]:
+    """Interleaved rounds: each measures every kernel at every m, and the kernel's limits right before."""
+    samples = {(kernel, m): Samples() for kernel in kernels for m in row_counts}
+    for _ in range(rounds):
+        for (kernel, m), taken in samples.items():
+            taken.peak.append(bench.peak_rate(kernel))
+            taken.read.append(bench.read_rate(kernel))
+            taken.stream.append(bench.stream_rate(kernel, m))
+            taken.hot.append(bench.hot_rate(kernel, m))
+    return samples
+
+
+def drift_of(samples: dict[tuple[str, int], Samples], rounds: int) -> float:
+    """The larger drift of the two limits: by round, the median over all samples of a limit relative to its own."""
+    drifts = []
+    for limit in ("read", "peak"):
+        series = [getattr(taken, limit) for taken in samples.values()]
+        middles = [statistics.median(values) for values in series]
+        by_round = [
+            statistics.median(values[i] / middle for values, middle in zip(series, middles, strict=True))
+            for i in range(rounds)
+        ]
+        drifts.append(conditions.drift(by_round))
+    return max(drifts)
+
+
+def summarize(format_name: str, kernel: str, m: int, taken: Samples, panel_bytes: int, k: int) -> Row:
+    """Medians over the rounds of one kernel at one m."""
+    operations = 2 * m * PANEL_COLUMNS * k / panel_bytes  # a byte of packed weights
+    peak = statistics.median(taken.peak)
+    by_read = [rate / read for rate, read in zip(taken.stream, taken.read, strict=True)]
+    by_peak = [rate * operations / peak for rate in taken.stream]
+    binding = by_read if statistics.median(by_read) > statistics.median(by_peak) else by_peak
+    rate = statistics.median(taken.stream)
+    return Row(
+        format=format_name,
+        kernel=kernel,
+        m=m,
+        gb_per_s=rate / 1e9,
+        share_of_read=statistics.median(by_read),
+        gops=rate * operations / 1e9,
+        share_of_peak=statistics.median(by_peak),
+        hot_share_of_peak=statistics.median(taken.hot) / peak,
+        spread=conditions.spread(binding),
+        read_gb_per_s=statistics.median(taken.read) / 1e9,
+        peak_gops=peak / 1e9,
+    )
+
+
+def table(result: dict) -> str:
+    """The result as a table in Markdown."""
+    forced = f"; KT_FORCE_ISA={result['force_isa']}" if result["force_isa"] else ""
+    lines = [
+        f"{result['machine']}; commit {result['commit'] or 'unknown'}{forced}",
+        f"`{result['command']}`",
+        f"one thread, CPU time; the calibration moved by {100 * result['drift']:.1f} %",
+        "",
+        "| format | kernel | m | GB/s | of read | GOPS | of peak | hot | spread | read GB/s | peak GOPS |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['format']} | {row['kernel']} | {row['m']} | {row['gb_per_s']:.1f} | {row['share_of_read']:.2f} | "
+            f"{row['gops']:.0f} | {row['share_of_peak']:.2f} | {row['hot_share_of_peak']:.2f} | {row['spread']:.2f} | "
+            f"{row['read_gb_per_s']:.1f} | {row['peak_gops']:.0f} |"
+        )
+    return "\n".join(lines)
