@@ -82,13 +82,13 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
     EnvironmentVariable(
         "KT_CUDA_SIGNAL",
         "`doorbell` where a probe finds it working",
-        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream.py",
+        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream/__init__.py",
         "how a GPU's stream calls the CPU experts: `doorbell` (memory words) or `hostfunc` (host functions)",
     ),
     EnvironmentVariable(
         "KT_CUDA_SIGNAL_FOUND",
         "set by the first process that probes",
-        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream.py",
+        "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream/__init__.py",
         "what the probe found, for the processes it starts; not to be set by hand",
     ),
     EnvironmentVariable(

@@ -38,9 +38,31 @@ def program(text: str, driver: Path | str, **variables: str) -> str:
 )
 def test_the_probe_says_whether_doorbells_work(fake_cuda: Path, mode: str, answer: str) -> None:
     done = run(["-m", "kt_kernel.device_stream", "0"], fake_cuda, FAKE_CUDA_STREAM_MEMORY_OPERATIONS=mode)
-    assert done.returncode == 0
+    assert done.returncode == 0 and done.stderr == "", "no warning of runpy's either"
     assert answer in done.stdout
     assert (done.stdout.strip() == "doorbell") == (mode == "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "driver", "code", "words"),
+    [
+        ([], None, 0, ""),
+        (["x"], None, 2, "argument ORDINAL: invalid ordinal value: 'x'"),
+        (["-1"], None, 2, "argument ORDINAL: invalid ordinal value"),
+        (["0", "1"], None, 2, "unrecognized arguments: 1"),
+        (["99"], None, 1, "kt_kernel.device_stream: device 99 cannot be used: "),
+        ([], "/nowhere/libcuda.so.1", 1, "kt_kernel.device_stream: the CUDA driver cannot be loaded (/nowhere/"),
+    ],
+)
+def test_the_command_line_of_the_probe(
+    fake_cuda: Path, arguments: list[str], driver: str | None, code: int, words: str
+) -> None:
+    done = run(["-m", "kt_kernel.device_stream", *arguments], driver or fake_cuda)
+    assert done.returncode == code
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ("" if code else "doorbell\n")
+    if code == 1:
+        assert done.stderr.count("\n") == 1
 
 
 CHOOSE = """

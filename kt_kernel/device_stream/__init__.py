@@ -1,7 +1,7 @@
 """Streams of a device: which tensors belong to one, and how its stream signals to the CPU.
 
 Two ways: *doorbells*, memory words that the stream writes and waits for (cheap, but not every driver or virtual GPU
-can), and *host functions*, which the driver calls. ``python -m kt_kernel.device_stream ORDINAL`` tries doorbells and
+can), and *host functions*, which the driver calls. ``python -m kt_kernel.device_stream [ORDINAL]`` tries doorbells and
 prints what it found; :func:`choose_signal` does that in a process of its own, because a wait that does not end cannot
 be undone.
 """
@@ -54,7 +54,7 @@ def choose_signal(ordinal: int) -> None:
     command = [sys.executable, "-m", "kt_kernel.device_stream", str(ordinal)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
-        lines = (done.stdout.strip() or "no answer").splitlines()
+        lines = (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()
         found, reason = ("doorbell", "") if lines[-1] == "doorbell" else ("hostfunc", lines[-1])
     except (OSError, subprocess.TimeoutExpired) as error:
         found, reason = "hostfunc", str(error)
@@ -63,10 +63,3 @@ def choose_signal(ordinal: int) -> None:
         logger.info("the GPU's streams ring for the CPU experts through memory words (doorbell).")
     else:
         logger.warning("the GPU's streams call host functions for the CPU experts; doorbells do not work: %s", reason)
-
-
-if __name__ == "__main__":
-    problem = _ext.probe_doorbells(int(sys.argv[1]))
-    sys.stdout.write(f"{problem or 'doorbell'}\n")
-    sys.stdout.flush()
-    os._exit(0)  # a stream that hangs would keep the interpreter from ending
