@@ -1,7 +1,8 @@
 """SGLang's real ``KTEPWrapperMethod`` on a machine without SGLang.
 
-``scripts/gpu_check.sh --pack`` carries one file of stock SGLang along, ``kt_ep_wrapper.py``. It is run as it is; the
-few small things it imports are stand-ins made here, named ``sglang...`` because that is what it imports.
+``scripts/gpu_check.sh --pack`` carries one file of stock SGLang along, ``kt_ep_wrapper.py``, of 0.5.18 or 0.5.23. It is
+run as it is; the few small things it imports are stand-ins made here, named ``sglang...`` because that is what it
+imports. None stands for what it uses only to read flags.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def ensure_sglang() -> str:
     if not CARRIED.is_file():
         raise RuntimeError(f"{CARRIED} is missing; run scripts/gpu_check.sh --pack where SGLang is installed.")
     _module("sglang.srt.layers.quantization.base_config", FusedMoEMethodBase=_Method)
-    _module("sglang.srt.runtime_context", get_parallel=None)
+    _module("sglang.srt.arg_groups.overrides", model_config_of=None)
+    _module("sglang.srt.runtime_context", get_exec=None, get_parallel=None, get_schedule=None)
     _module("sglang.srt.utils", get_compiler_backend=lambda: "inductor")
     _module("sglang.srt.layers.moe.token_dispatcher", StandardCombineInput=_Combine)
     _module("sglang.srt.layers.moe.token_dispatcher.standard", StandardDispatchOutput=_Dispatch)
