@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import subprocess
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import hub
 import models
 import pytest
+import server
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_placement import NO_TORCH_FILES
 
 from kt_kernel import _ext
-from kt_kernel.integrations.sglang import checks, flags
+from kt_kernel.integrations.sglang import checks, cuda_flags, flags
 
 # --- flags of our own ---
 
@@ -245,6 +250,107 @@ def test_variables_are_checked_before_weights_are_read(
 # --- flags of SGLang ---
 
 
+def launch(**changes: Any) -> SimpleNamespace:
+    """Return flags of SGLang as they are before its resolution."""
+    plain = {
+        "model_path": "/nowhere", "quantization": None, "moe_runner_backend": "auto",
+        "cuda_graph_backend_prefill": None, "cuda_graph_config": None, "disable_cuda_graph": False,
+        "disable_prefill_cuda_graph": False,
+    }  # fmt: skip
+    return SimpleNamespace(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "runner"),
+    [
+        ({}, {}, "triton"),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "triton"),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, {}, "auto"),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "auto"),  # SGLang asserts auto for it
+        ({}, {"quantization": "fp8"}, "triton"),
+        ({}, {"moe_runner_backend": "marlin"}, "marlin"),
+        (None, {}, "auto"),  # neither a model's folder nor a hub id
+    ],
+)
+def test_runner_is_one_that_skips(
+    tmp_path: Path, config: dict[str, Any] | None, changes: dict[str, Any], runner: str
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    args = launch(model_path=str(tmp_path), **changes)
+    cuda_flags.adjust(args)
+    assert args.moe_runner_backend == runner
+
+
+ADJUST_HUB_IDS = """
+import json, sys
+from types import ModuleType, SimpleNamespace
+from kt_kernel.integrations.sglang import cuda_flags
+for name in sys.argv[1:]:
+    args = SimpleNamespace(model_path=name, revision=None, quantization=None, moe_runner_backend="auto")
+    cuda_flags.adjust(args)
+    cuda_flags.adjust(args)
+    print(name, args.moe_runner_backend)
+"""
+
+
+@pytest.mark.parametrize(("quantization", "runner"), [(None, "triton"), ("fp8", "triton"), ("awq", "auto")])
+def test_runner_of_a_hub_id_is_chosen_as_that_of_a_folder(
+    tmp_path: Path, quantization: str | None, runner: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    config = {"quantization_config": {"quant_method": quantization}} if quantization else {}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with hub.serve_hub("someone/tiny-moe", tmp_path / "model") as address:
+        done = subprocess.run(
+            [sys.executable, "-c", ADJUST_HUB_IDS, "someone/tiny-moe", "someone/else"], capture_output=True, text=True,
+            env=server.server_environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0"),
+            timeout=300, check=True,
+        )  # fmt: skip
+    assert done.stdout.splitlines() == [f"someone/tiny-moe {runner}", "someone/else auto"]
+    assert done.stderr.count("--moe-runner-backend stays auto: config.json of someone/else cannot be read") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "disabled"),
+        ({"cuda_graph_backend_prefill": "breakable"}, "breakable"),
+        ({"cuda_graph_config": {"prefill": {"backend": "full"}}}, None),
+        ({"cuda_graph_config": {"decode": {"max_bs": 4}}}, "disabled"),
+        ({"disable_cuda_graph": True}, None),
+    ],
+)
+def test_prefill_is_captured_on_request_only(
+    caplog: pytest.LogCaptureFixture, changes: dict[str, Any], chosen: str | None
+) -> None:
+    args = launch(**changes)
+    with caplog.at_level(logging.INFO, logger="kt_kernel"):
+        cuda_flags.adjust(args)
+        cuda_flags.adjust(args)
+    assert args.cuda_graph_backend_prefill == chosen
+    said = [line for line in caplog.messages if "--cuda-graph-backend-prefill set to disabled" in line]
+    assert len(said) == (chosen == "disabled")
+
+
+def test_release_without_the_flag_is_left_alone() -> None:
+    args = launch()
+    del args.cuda_graph_backend_prefill
+    cuda_flags.adjust(args)
+    assert not hasattr(args, "cuda_graph_backend_prefill")
+
+
+def test_captured_prefill_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    prefill = SimpleNamespace(backend="breakable", bs=[512, 1024, 8192])
+    cuda_flags.warn_of_prefill_graphs(SimpleNamespace(prefill=prefill))
+    (line,) = caplog.messages
+    assert "breakable captures 3 buckets of up to 8192 tokens, so 19456 tokens go through" in line
+    assert "38 s at 500 tokens/s" in line
+    for quiet in (None, SimpleNamespace(prefill=SimpleNamespace(backend="disabled", bs=[1]))):
+        cuda_flags.warn_of_prefill_graphs(quiet)
+    assert len(caplog.messages) == 1
+
+
 def split(**changes: Any) -> SimpleNamespace:
     """Return the flags that divide a launch, resolved."""
     plain = {
@@ -252,3 +358,59 @@ def split(**changes: Any) -> SimpleNamespace:
         "moe_runner_backend": "triton",
     }  # fmt: skip
     return SimpleNamespace(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ep_size": 2}, "--ep-size is 2"),
+        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep does not work"),
+        ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap does not work"),
+        ({"enable_pdmux": True}, "--enable-pdmux does not work"),
+        ({"enable_eplb": True}, "--enable-eplb does not work"),
+        ({"ep_num_redundant_experts": 16}, "--ep-num-redundant-experts 16 does not work"),
+        ({"enable_paged_experts": True}, "--enable-paged-experts does not work"),
+        ({"moe_dp_size": 2}, "--moe-dp-size 2 does not work"),
+        ({"dwdp_size": 4}, "--dwdp-size 4 does not work"),
+        ({"moe_dp_size": 1, "dwdp_size": 1}, None),
+        ({"dp_size": 2}, "--dp-size makes 2 processes on this host"),
+        ({"pp_size": 4, "nnodes": 2}, "--pp-size makes 2 processes on this host"),
+        ({"moe_runner_backend": "flashinfer_trtllm"}, "--moe-runner-backend flashinfer_trtllm keeps to itself"),
+        ({"moe_runner_backend": "triton_kernel"}, "give triton or marlin"),
+        ({}, None),
+        ({"dp_size": 2, "enable_dp_attention": True}, None),
+        ({"pp_size": 2, "nnodes": 2}, None),
+    ],
+)
+def test_split_launches(changes: dict[str, Any], words: str | None) -> None:
+    if words is None:
+        checks.check_split(split(**changes))
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        checks.check_split(split(**changes))
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("by_command_line", "error"), [(True, SystemExit), (False, ValueError)])
+def test_what_sglang_resolves_to_is_refused_as_well(
+    monkeypatch: pytest.MonkeyPatch, by_command_line: bool, error: type[BaseException]
+) -> None:
+    """A runner that SGLang chose for the model; a command line ends with the sentence alone."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.arg_groups"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = ModuleType("sglang.srt.arg_groups.overrides")
+    module.resolved_view = lambda _args: split(moe_runner_backend="flashinfer_trtllm")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(checks, "_checked", by_command_line)
+    monkeypatch.setattr(checks, "check_flags", lambda _args: None)
+    monkeypatch.setattr(checks, "check_resolved", lambda _args, _source: None)
+    args = SimpleNamespace(**{**checks.FLAG_DEFAULTS, "kt_weight_path": "/experts"})
+    with pytest.raises(error, match="--moe-runner-backend flashinfer_trtllm keeps to itself.*; give triton or marlin"):
+        checks.check_server_args(None, args)
+
+
+def test_dp_attention_makes_larger_batches() -> None:
+    args = SimpleNamespace(chunked_prefill_size=2048, max_prefill_tokens=1, dp_size=4, enable_dp_attention=True)
+    assert checks.batch_tokens(args) == 8192
+    args.enable_dp_attention = False
+    assert checks.batch_tokens(args) == 2048
