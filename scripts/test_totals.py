@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Add up the results of ``scripts/test.sh``: failures, skips with their reasons, and one closing line of totals.
 
-Reads the JUnit files ``ctest-*.xml`` and ``pytest.xml`` and the list ``failed_stages.tsv`` of a results folder. Exits 0
+Reads the JUnit files ``ctest-*.xml`` and ``pytest-*.xml`` and the list ``failed_stages.tsv`` of a results folder. Exits 0
 only if nothing failed, something passed, and every skip is one of ``ALLOWED_SKIPS``. Needs only the standard library.
 """
 
@@ -130,9 +130,9 @@ def add_pytest(totals: Totals, path: Path) -> None:
 def collect(results: Path) -> Totals:
     """Totals of a results folder."""
     totals = Totals()
-    for path in sorted(results.glob("ctest-*.xml")) + sorted(results.glob("pytest.xml")):
+    for path in sorted(results.glob("ctest-*.xml")) + sorted(results.glob("pytest-*.xml")):
         try:
-            (add_pytest if path.stem == "pytest" else add_ctest)(totals, path)
+            (add_pytest if path.stem.startswith("pytest-") else add_ctest)(totals, path)
         except ElementTree.ParseError as error:
             totals.failures.append(f"{path.name}: not readable ({error})")
     stages = results / "failed_stages.tsv"

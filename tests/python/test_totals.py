@@ -20,7 +20,7 @@ def skipped(name: str, reason: str) -> str:
 def totals(folder: Path, pytest_cases: str = "", ctest_cases: str = "", stages: str = "") -> tuple[int, list[str]]:
     """Exit code and lines of the script on a results folder."""
     if pytest_cases:
-        (folder / "pytest.xml").write_text(f"<testsuites><testsuite>{pytest_cases}</testsuite></testsuites>")
+        (folder / "pytest-library.xml").write_text(f"<testsuites><testsuite>{pytest_cases}</testsuite></testsuites>")
     if ctest_cases:
         (folder / "ctest-test.xml").write_text(f"<testsuite>{ctest_cases}</testsuite>")
     if stages:
