@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kt_kernel.bench import kernels, layer
+from kt_kernel.bench import kernels, layer, predict, serving
 
 
 def main() -> int:
@@ -15,6 +15,8 @@ def main() -> int:
     benches = {
         "kernels": (kernels, "every GEMM kernel beside the limits of one core"),
         "layer": (layer, "one MoE layer beside the machine's limits"),
+        "serving": (serving, "what the users of a running server get"),
+        "predict": (predict, "tokens per second on machines that were not measured"),
     }
     for name, (module, text) in benches.items():
         module.add_arguments(commands.add_parser(name, help=text))
