@@ -113,7 +113,7 @@ def test_a_time_that_is_none_is_refused(value: str) -> None:
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "page.txt"
     page.write_text("# Page\n")
     done = run_command("--page", str(page))
     assert done.returncode == 2
