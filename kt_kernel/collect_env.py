@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("sglang", "transformers", "safetensors", "numpy", "triton")
-_FOLDER_VARIABLES = ("KT_DEMO_DIR", "KT_BUILD_DIR")  # paths hold names of users
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy")
 
 
@@ -43,7 +42,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from kt_kernel import __version__, _ext
-    from kt_kernel.config import ENVIRONMENT, unknown_variables
+    from kt_kernel.config import ENVIRONMENT
     from kt_kernel.methods import METHODS
 
     features = _ext.cpu_features()
@@ -83,13 +82,27 @@ def collect() -> dict[str, Any]:
         "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
         "environment": {
             "set": {
-                v.name: "a folder" if v.name in _FOLDER_VARIABLES else os.environ[v.name]
-                for v in ENVIRONMENT
-                if os.environ.get(v.name)
+                v.name: "a path" if v.is_path else os.environ[v.name] for v in ENVIRONMENT if os.environ.get(v.name)
             },
-            "unknown": unknown_variables(),
+            "warnings": _environment_warnings(),
         },
     }
+
+
+def _environment_warnings() -> list[str]:
+    """What is wrong with the KT_* variables: a sentence each."""
+    from kt_kernel.config import default_num_threads, unknown_variables, usable_cpus, wrong_values
+
+    wrong = wrong_values()
+    warnings = list(wrong.values())
+    if "KT_NUM_THREADS" not in wrong and (threads := default_num_threads()) > usable_cpus():
+        warnings.append(
+            f"KT_NUM_THREADS={threads} is above the {usable_cpus()} CPUs that this process may use; give at most those."
+        )
+    return warnings + [
+        f"{name} is set, but kt_kernel has no such variable; see the table in README.md."
+        for name in unknown_variables()
+    ]
 
 
 def _distribution() -> str | None:
@@ -143,10 +156,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"  {row['name']:46}{row['isa']:28}{'' if row['supported'] else 'not on this CPU'}".rstrip())
     section("methods", {name: f"{method['layout']}: {method['is']}" for name, method in report["methods"].items()})
     section("KT_* variables", report["environment"]["set"] or {"set": "none"})
-    lines.extend(
-        f"  warning: {name} is set, but kt_kernel has no such variable; see the table in README.md."
-        for name in report["environment"]["unknown"]
-    )
+    lines.extend(f"  warning: {warning}" for warning in report["environment"]["warnings"])
     return "\n".join(lines)
 
 

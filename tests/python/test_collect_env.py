@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 
 from kt_kernel import __version__, _ext
 from kt_kernel.collect_env import collect, format_report, main
-from kt_kernel.config import ENVIRONMENT, environment_table
+from kt_kernel.config import _CHECKS, ENVIRONMENT, environment_table
 from kt_kernel.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,9 @@ def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_text_names_every_kernel_and_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("KT_DEMO_DIR", "KT_BUILD_DIR"):
+    paths = [variable.name for variable in ENVIRONMENT if variable.is_path]
+    assert "KT_GPU_CHECK_FOLDER" in paths and "KT_EXPERT_COUNTS" in paths
+    for name in paths:
         monkeypatch.setenv(name, str(Path.home() / "work"))
     report = collect()
     text = format_report(report)
@@ -40,6 +43,8 @@ def test_the_text_names_every_kernel_and_node(monkeypatch: pytest.MonkeyPatch) -
         assert f"NUMA node {node['id']}:" in text
     assert report["isa"]["reason"] in text
     assert str(Path.home()) not in text
+    for name in paths:
+        assert re.search(rf"{name}: +a path", text) and f"{name} is set, but" not in text
 
 
 def test_a_forced_tier_and_unknown_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +58,44 @@ def test_a_forced_tier_and_unknown_variables_are_shown(monkeypatch: pytest.Monke
     assert result.returncode == 1 and "sse9" in result.stderr and "Traceback" not in result.stderr
 
 
+# A value that cannot be used, and what is said of it.
+WRONG_VALUES = {
+    "KT_NUM_THREADS": ("-3", "KT_NUM_THREADS='-3' is no positive number of threads"),
+    "KT_NUMA_NODES": ("77", "KT_NUMA_NODES='77' names node 77, but this process may use 0"),
+    "KT_HOST_ALL_EXPERTS": ("yes", "KT_HOST_ALL_EXPERTS='yes' is neither 0 nor 1"),
+    "KT_METHOD": ("INT9", "KT_METHOD: method 'INT9' is unknown; kt_kernel supports AMXINT8"),
+    "KT_EXPERT_COUNTS": ("/tmp", "KT_EXPERT_COUNTS is a folder; give a file in it."),
+    "KT_LOG_LEVEL": ("LOUD", "KT_LOG_LEVEL='LOUD' is no level"),
+    "KT_SPIN_US": ("1000001", "KT_SPIN_US='1000001' is no number of microseconds from 0 to 1000000"),
+    "KT_CUDA_DRIVER": ("/no/where", "KT_CUDA_DRIVER names no file"),
+    "KT_CUDA_SIGNAL": ("horn", "KT_CUDA_SIGNAL='horn' is no way to signal"),
+    "KT_CUDA_SIGNAL_FOUND": ("horn", "KT_CUDA_SIGNAL_FOUND='horn' is no way to signal"),
+    "KT_CUDA_SPIN_MS": ("nan", "KT_CUDA_SPIN_MS='nan' is no number of milliseconds from 0 to"),
+    "KT_SYNC_TIMEOUT": ("-1", "KT_SYNC_TIMEOUT='-1' is no number of seconds from 0 to"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_values_that_cannot_be_used_are_commented_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    value, words = WRONG_VALUES[name]
+    monkeypatch.setenv(name, value)
+    report = collect()
+    assert words in report["environment"]["warnings"][0] and len(report["environment"]["warnings"]) == 1
+    assert f"  warning: {words}" in format_report(report)
+
+
+def test_more_threads_than_cpus_are_commented_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_NUM_THREADS", "5000")
+    assert "KT_NUM_THREADS=5000 is above the" in format_report(collect())
+    monkeypatch.setenv("KT_NUM_THREADS", "1")
+    assert collect()["environment"]["warnings"] == []
+
+
+def test_every_value_is_checked() -> None:
+    free = {variable.name for variable in ENVIRONMENT if variable.is_path or "build time only" in variable.effect}
+    assert {variable.name for variable in ENVIRONMENT} - free <= set(_CHECKS)
+
+
 def test_every_variable_of_the_table_is_read_where_it_says() -> None:
     for variable in ENVIRONMENT:
         for file in variable.read_in.split(", "):
@@ -63,5 +106,6 @@ def test_every_variable_of_the_table_is_read_where_it_says() -> None:
 def test_every_variable_read_is_in_the_table() -> None:
     known = {variable.name for variable in ENVIRONMENT}
     reading = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\(|_read\()\s*["'](KT_\w+)["']""")
-    for path in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "kt_kernel").rglob("*.py"), ROOT / "setup.py"]:
+    folders = ((ROOT / folder).rglob("*.py") for folder in ("kt_kernel", "scripts", "tests"))
+    for path in [*(ROOT / "csrc").rglob("*.cpp"), *itertools.chain(*folders), ROOT / "setup.py"]:
         assert set(reading.findall(path.read_text())) <= known, path
