@@ -84,10 +84,12 @@ def register(
     ImportError
         A transformers that has no such implementations (before version 5).
     ValueError
-        An unknown method.
+        An unknown method, here or in ``KT_METHOD``.
     """
     global _settings
-    if method is not None:
+    if method is None:
+        default_method()  # a wrong one is told now, not when a layer first runs
+    else:
         get_method(method)
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,8 +174,14 @@ def test_the_environment_names_the_method(tmp_path: Path, monkeypatch: pytest.Mo
     assert layer.wrapper.method == "AMXINT4"
     assert kt_transformers.pack_experts(model) == 0
     monkeypatch.setenv("KT_METHOD", "FP9")
-    with pytest.raises(ValueError, match="method 'FP9' is unknown"):
+    with pytest.raises(ValueError, match="KT_METHOD: method 'FP9' is unknown; kt_kernel supports AMXINT8"):
+        kt_transformers.register()
+    with pytest.raises(ValueError, match="KT_METHOD: method 'FP9' is unknown"):
         logits(load(tmp_path))
+    kt_transformers.register("AMXINT8")  # takes its place
+    command = [sys.executable, "-c", "import kt_kernel.integrations.transformers"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("ValueError: KT_METHOD: method 'FP9' is unknown")
 
 
 def test_the_log_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
