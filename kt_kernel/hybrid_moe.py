@@ -15,6 +15,7 @@ from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.device_experts import device_experts
 from kt_kernel.experts import CpuExperts
 from kt_kernel.methods import get_method
+from kt_kernel.packed_folder import is_packed_folder, read_manifest
 from kt_kernel.wrapper import KTMoEWrapper
 
 
@@ -165,7 +166,14 @@ class HybridMoE(nn.Module):
         ValueError
             A folder or layer that does not fit; one sentence.
         """
-        sizes = model_sizes(resolve_folder(weight_path))
+        folder = resolve_folder(weight_path)
+        method = options.get("method", "BF16")
+        if is_packed_folder(folder) and (found := read_manifest(folder)["method"]) != method:
+            raise ValueError(
+                f"{folder} was converted for method {found}, but method {method} was asked for; pass "
+                f'method="{found}" or convert again.'
+            )
+        sizes = model_sizes(folder)
         config = MoEConfig(layer_idx, sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size)
         module = cls(config, **options)
         module.wrapper.weight_path = str(weight_path)

@@ -128,6 +128,10 @@ def test_a_path_gives_the_same_layer(tmp_path: Path, experts: Experts, converted
         assert torch.equal(output, make(experts, num_gpu_experts=3)(hidden, ids, weights))
     with pytest.raises(ValueError, match="layer 0"):
         HybridMoE.from_path(folder, 0, method=method, engine=ENGINE)
+    if converted:
+        with pytest.raises(ValueError, match=r"was converted for method AMXINT8, .*; pass method=\"AMXINT8\"") as error:
+            HybridMoE.from_path(folder, 1, engine=ENGINE)
+        assert "--" not in str(error.value)
 
 
 # --- state ---
