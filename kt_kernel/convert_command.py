@@ -76,6 +76,7 @@ def _check(args: argparse.Namespace) -> None:
             if value is None
         ]
         raise ValueError(f"{' and '.join(missing)} must be given; see --help.")
+    _check_output(args.output)
     if args.input_type in _LATER_INPUT:
         raise ValueError(
             f"--input-type {args.input_type} is not supported by this version of kt_kernel yet; convert from bf16, "
@@ -90,6 +91,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--save-backward-weights is for fine-tuning, which kt_kernel does not do; leave it out.")
     if args.cpuinfer_threads is not None and args.cpuinfer_threads < 1:
         raise ValueError(f"--cpuinfer-threads is {args.cpuinfer_threads}; it must be at least 1.")
+
+
+def _check_output(output: str) -> None:
+    folder = Path(output).expanduser()
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output {output} cannot be a folder, because {path} is a file; give another path.")
 
 
 def _convert(args: argparse.Namespace) -> int:

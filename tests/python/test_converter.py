@@ -185,10 +185,12 @@ def test_an_output_that_cannot_be_a_folder_is_named(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    for output, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "o", "Not a directory")):
+    for output in (tmp_path / "file", tmp_path / "file" / "o", tmp_path / "file" / "o" / "p"):
         caplog.clear()
         assert run(source, output) == 1
-        assert [record.getMessage() for record in caplog.records] == [f"{output}: {reason}"]
+        assert [record.getMessage() for record in caplog.records] == [
+            f"--output {output} cannot be a folder, because {tmp_path / 'file'} is a file; give another path."
+        ]
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
