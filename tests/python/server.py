@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,14 @@ class Server:
                 return response.status == 200
         except OSError:
             return False
+
+    def metrics(self) -> dict[str, float]:
+        """Return kt_kernel's counters on the page that ``--enable-metrics`` opens, by their names without prefix."""
+        with _opener.open(self.url + "/metrics", timeout=30) as response:
+            text = response.read().decode()
+        found = re.findall(r'^kt_kernel_(\w+)_total\{method="\w+"\} (\S+)$', text, re.MULTILINE)
+        assert found, "none of our figures is on the page"
+        return {name: float(number) for name, number in found}
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """Return the log-probability of each id but the first, given the ids before it."""
@@ -194,6 +203,21 @@ def stop(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         return
     process.wait(timeout=30)
+
+
+def wait_until(reached: Callable[[], bool], *, seconds: float = 60) -> None:
+    """Wait until a condition holds, which is asked for every 50 ms.
+
+    Raises
+    ------
+    TimeoutError
+        It does not hold after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"what a test waits for has not happened in {seconds:.0f} s.")
+        time.sleep(0.05)
 
 
 def run_to_exit(

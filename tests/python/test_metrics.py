@@ -1,18 +1,12 @@
-"""Figures of the experts on SGLang's /metrics page."""
+"""Figures of the experts on SGLang's /metrics page; a real page is read in test_server_placement.py."""
 
 from __future__ import annotations
 
-import re
-import time
-import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import prometheus_client
 import pytest
-import server
 
 from kt_kernel.integrations.sglang import metrics
 
@@ -105,34 +99,3 @@ def test_nothing_is_made_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(report, "methods_with_experts", lambda: [SimpleNamespace()])
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     metrics.after_load_model(None, SimpleNamespace(is_draft_worker=False))
-
-
-@pytest.mark.server
-def test_figures_are_on_sglangs_page(tmp_path: Path) -> None:
-    model = models.QWEN3_MOE
-    folder = models.write_model(tmp_path / "model", model)
-    flags = ["--kt-weight-path", str(folder), "--kt-method", "AMXINT8", "--enable-metrics", "--disable-radix-cache"]
-    with server.serve(folder, flags, log_path=tmp_path / "server.log") as running:
-        time.sleep(2 * metrics.SECONDS_BETWEEN_UPDATES)  # SGLang's own check of the server has just passed
-        before = figures(running)
-        body = {"input_ids": list(range(1, 17)), "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
-        running.post("/generate", body)
-        time.sleep(2 * metrics.SECONDS_BETWEEN_UPDATES)
-        after = figures(running)
-    layers = len(model.moe_layers)
-    tokens = after["tokens"] - before["tokens"]
-    # 16 tokens of the prompt and three of the answer; SGLang may start the forward of the last one before it knows that
-    # the answer is complete
-    assert tokens in (layers * (16 + 3), layers * (16 + 4))
-    assert after["rows"] - before["rows"] == tokens * model.config()["num_experts_per_tok"]
-    assert after["cpu_seconds"] > before["cpu_seconds"]
-
-
-def figures(running: server.Server) -> dict[str, float]:
-    """Return our counters of a running server, by their names without prefix."""
-    request = urllib.request.Request(running.url + "/metrics")
-    with server._opener.open(request, timeout=30) as answer:
-        text = answer.read().decode()
-    found = re.findall(r'^kt_kernel_(\w+)_total\{method="AMXINT8"\} (\S+)$', text, re.MULTILINE)
-    assert found, "none of our figures is on the page"
-    return {name: float(number) for name, number in found}

@@ -18,11 +18,9 @@ import subprocess
 import tarfile
 import textwrap
 import threading
-import time
 import unittest.case
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,9 @@ CHUNK = 200
 NUM_PIECES = 320  # every other one is recorded, the others are served
 MAX_DIFFERENCE = 0.03
 WORKLOADS = ("english", "code", "json")
+NUM_LAYERS = len(MODEL.moe_layers)
+ONE_TOKEN = {"temperature": 0, "max_new_tokens": 1}
+LAST_TOKENS = 1900  # of the text that settles a record: one forward
 
 
 def skewed_tensors() -> dict[str, torch.Tensor]:
@@ -89,27 +90,35 @@ def pairs_in(path: Path) -> int:
 
 
 def send(running: server.Server, pieces: list[bytes], record: Path) -> None:
-    """Send pieces of text and wait until all their pairs are in the record of a server that was idle."""
-    before = pairs_in(record)
-    one_token = {"temperature": 0, "max_new_tokens": 1}
-    with ThreadPoolExecutor(4) as pool:
-        bodies = [{"input_ids": list(piece), "sampling_params": one_token} for piece in pieces]
-        assert len(list(pool.map(lambda body: running.post("/generate", body), bodies))) == len(pieces)
-    expected = before + sum(map(len, pieces)) * MODEL.top_k * len(MODEL.moe_layers)
-    deadline = time.monotonic() + 30
-    while pairs_in(record) < expected and time.monotonic() < deadline:
-        time.sleep(0.2)
+    """Send pieces of text at once, and wait until all their pairs are in a record that was settled."""
+    expected = pairs_in(record) + sum(map(len, pieces)) * MODEL.top_k * NUM_LAYERS
+    body = {"input_ids": [list(piece) for piece in pieces], "sampling_params": ONE_TOKEN}
+    assert len(running.post("/generate", body)) == len(pieces)
+    server.wait_until(lambda: pairs_in(record) >= expected)
     assert pairs_in(record) == expected, "every pair is counted once"
+
+
+def settle(running: server.Server, record: Path) -> None:
+    """Wait until all that a server has computed is in its record, by one more text, which comes last.
+
+    Counts are read at any moment, so parts of forwards may be there. This text has more tokens for each layer than all
+    layers have of what may be missing now: the start-up check and TEXTS, 500 tokens. So without a layer of it there
+    cannot be as many pairs as are waited for.
+    """
+    expected = pairs_in(record) + LAST_TOKENS * MODEL.top_k * NUM_LAYERS
+    running.post("/generate", {"input_ids": [5] * LAST_TOKENS, "sampling_params": ONE_TOKEN})
+    server.wait_until(lambda: pairs_in(record) >= expected)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with a skewed router, what plain SGLang computes with it, and a record of each workload."""
+    """A model with a skewed router, what plain SGLang computes with it, and records of the workloads."""
 
     folder: Path
     model: Path
     plain: list[float]
     plainly_recorded: list[float]
+    figures: tuple[dict[str, float], dict[str, float]]  # on the /metrics page, before and after the workloads
 
     def record(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
@@ -128,24 +137,27 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
     with server.serve(model, WITHOUT_CACHE, log_path=folder / "plain.log") as running:
         plain = teacher_forced(running)
     counts = folder / "counts.pt"
-    with server.serve(
-        model, flags(model, "--kt-record-expert-counts", str(counts)), log_path=folder / "record.log"
-    ) as running:
+    more = ["--kt-record-expert-counts", str(counts), "--enable-metrics"]
+    with server.serve(model, flags(model, *more), log_path=folder / "record.log") as running:
         recorded = teacher_forced(running)
+        rows = running.metrics()["rows"] + LAST_TOKENS * MODEL.top_k * NUM_LAYERS
+        settle(running, counts)
+        server.wait_until(lambda: running.metrics()["rows"] >= rows)  # settled for the same reason
+        before = running.metrics()
         for name in WORKLOADS:
             # what came before this workload: the start-up check, the texts of teacher_forced, the workload before
-            wait_until_idle(counts)
             counts.rename(folder / "earlier.pt")
             send(running, workload(name)[::2], counts)
             shutil.copy(counts, folder / f"{name}.pt")
-    yield Prepared(folder, model, plain, recorded)
+        rows = before["rows"] + sent_tokens() * MODEL.top_k * NUM_LAYERS
+        server.wait_until(lambda: running.metrics()["rows"] >= rows)  # a layer counts its rows after its tokens
+        after = running.metrics()
+    yield Prepared(folder, model, plain, recorded, (before, after))
 
 
-def wait_until_idle(record: Path) -> None:
-    last = -1
-    while pairs_in(record) != last or last <= 0:
-        last = pairs_in(record)
-        time.sleep(2.5)
+def sent_tokens() -> int:
+    """Tokens of all recorded workloads."""
+    return sum(len(piece) for name in WORKLOADS for piece in workload(name)[::2])
 
 
 def make_location(prepared: Prepared, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[Path, dict[str, Any]]:
@@ -159,6 +171,14 @@ def make_location(prepared: Prepared, name: str, capsys: pytest.CaptureFixture[s
 
 def test_recording_does_not_change_the_model(prepared: Prepared) -> None:
     assert distance(prepared.plainly_recorded, prepared.plain) < TOLERANCE["BF16"]
+
+
+def test_figures_on_sglangs_page_are_the_traffic(prepared: Prepared) -> None:
+    before, after = prepared.figures
+    tokens = after["tokens"] - before["tokens"]
+    assert tokens == sent_tokens() * NUM_LAYERS
+    assert after["rows"] - before["rows"] == tokens * MODEL.top_k
+    assert after["cpu_seconds"] > before["cpu_seconds"]
 
 
 def test_plain_sglang_with_a_location_file_is_the_same_model(
@@ -183,7 +203,7 @@ def test_predicted_hit_rate_is_achieved(prepared: Prepared, name: str, capsys: p
     log = prepared.folder / f"{name}.log"
     with server.serve(prepared.model, flags(prepared.model, *more), log_path=log) as running:
         moved = distance(teacher_forced(running), prepared.plain)
-        wait_until_idle(counts)
+        settle(running, counts)
         counts.rename(prepared.folder / "earlier.pt")
         send(running, workload(name)[1::2], counts)
         served, on_gpu = read_record(counts)
