@@ -321,7 +321,7 @@ class CpuExperts:
         return self.layer.explain
 
     def counters(self) -> dict:
-        """Forwards, tokens, rows, weight bytes and busy time since construction.
+        """Forwards, tokens, rows, bytes needed and read, barriers and busy time since construction.
 
         ``expert_counts``, int64 ``[num_experts]``, counts every id of every forward, also of experts that are computed
         elsewhere; ids of -1 are not counted.

@@ -60,13 +60,15 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
 }
 
 ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
-                         const Routing& routing, MoeScratch& scratch, const MoeInput& input)
+                         const Routing& routing, MoeScratch& scratch, const MoeInput& input,
+                         std::vector<PanelReads>& reads)
     : store_(store),
       pool_(pool),
       kernels_(kernels),
       routing_(routing),
       scratch_(scratch),
       input_(input),
+      reads_(reads),
       few_rows_(int64_t{input.num_tokens} * store.config().hidden_size <= kRedundantValues &&
                 int64_t{routing.num_rows()} * store.config().intermediate_size <=
                     kRedundantValues) {
@@ -83,8 +85,8 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
   }
   scratch.workers.resize(std::max<size_t>(scratch.workers.size(), pool.num_threads()));
 
-  std::vector<int64_t> costs;
-  costs.reserve(routing.experts.size());
+  std::vector<int64_t>& costs = scratch.w13_costs;
+  costs.clear();
   for (size_t i = 0; i < routing.experts.size(); ++i) {
     costs.push_back(
         std::max<int64_t>(routing.offsets[i + 1] - routing.offsets[i], kMemoryBoundRows));
@@ -94,7 +96,8 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
     const int workers = static_cast<int>(pool.plan().nodes[node].cpus.size());
     scratch.w13_splits[node]->reset(costs, store.node_panels(Projection::kW13, node).size(),
                                     workers);
-    scratch.w2_splits[node]->reset({1}, store.node_panels(Projection::kW2, node).size(), workers);
+    scratch.w2_splits[node]->reset(scratch.w2_costs,
+                                   store.node_panels(Projection::kW2, node).size(), workers);
   }
 }
 
@@ -176,6 +179,7 @@ ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
       tile_bytes + row_bytes + expanded_bytes + column_bytes + token_bytes + code_bytes,
       node.bind_memory ? node.id : -1);
   WorkerBuffers mine;
+  mine.reads = &reads_[worker.index];
   mine.tile = reinterpret_cast<float*>(base);
   base += tile_bytes;
   mine.row = reinterpret_cast<float*>(base);
@@ -248,6 +252,9 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   args.k = static_cast<int32_t>(store_.padded_k(projection));
   args.group_size = store_.config().layout.effective_group_size(args.k);
   args.panel = store_.panel(projection, routing_.experts[expert_pos], p);
+  // the worker's own counter: no locked instruction
+  std::atomic<uint64_t>& panels = mine.reads->panels[static_cast<int>(projection)];
+  panels.store(panels.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   if (kernel.expand != nullptr) {
     kernel.expand(args.panel, args.k, args.group_size, mine.expanded);
     args.panel = mine.expanded;

@@ -1,6 +1,7 @@
 // One pass of up to a few thousand tokens through one layer: buffers, phases and who computes what.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -19,6 +20,11 @@ struct ActivationRows {
   int64_t group_sum_stride = 0;
 };
 
+// Panels that one worker gave to kernels, by projection. A cache line each: counting disturbs nobody.
+struct alignas(64) PanelReads {
+  std::atomic<uint64_t> panels[2] = {};
+};
+
 // output = addend, rounded, or zeros without one: a pass whose tokens are all computed elsewhere.
 void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_size);
 
@@ -35,8 +41,10 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
 // no partial buffer, no atomics, and has one order for any number of threads.
 class ForwardPass {
  public:
+  // reads [pool.num_threads()] are added to.
   ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
-              const Routing& routing, MoeScratch& scratch, const MoeInput& input);
+              const Routing& routing, MoeScratch& scratch, const MoeInput& input,
+              std::vector<PanelReads>& reads);
   void run();
 
  private:
@@ -48,6 +56,7 @@ class ForwardPass {
     float* columns = nullptr;     // [num_tokens, 64] sums of one w2 panel
     ActivationRows tokens;        // few rows only
     ActivationRows rows;
+    PanelReads* reads = nullptr;
   };
 
   WorkerBuffers buffers(const Worker& worker) const;
@@ -74,6 +83,7 @@ class ForwardPass {
   const Routing& routing_;
   MoeScratch& scratch_;
   const MoeInput& input_;
+  std::vector<PanelReads>& reads_;
   const bool few_rows_;
   ActivationRows shared_tokens_;
   ActivationRows shared_rows_;

@@ -23,7 +23,7 @@ int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }
 // Written by the one thread that computes, so a plain load and store add without a locked
 // instruction.
 struct MoeLayer::Counters {
-  explicit Counters(int num_experts) : expert_counts(num_experts) {}
+  Counters(int num_experts, int num_threads) : reads(num_threads), expert_counts(num_experts) {}
 
   template <typename Value>
   static void add(std::atomic<Value>& counter, Value value) {
@@ -34,6 +34,8 @@ struct MoeLayer::Counters {
   std::atomic<uint64_t> tokens{0};
   std::atomic<uint64_t> rows{0};
   std::atomic<uint64_t> weight_bytes{0};
+  std::vector<PanelReads> reads;  // by worker
+  std::atomic<uint64_t> barriers{0};
   std::atomic<uint64_t> busy_ns{0};
   std::atomic<uint64_t> deferred_rows{0};
   std::atomic<uint64_t> dropped_shares{0};
@@ -47,7 +49,7 @@ MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<Mo
       scratch_(std::move(scratch)),
       isa_(isa),
       kernels_(select_kernels(config.layout.code, isa)),
-      counters_(std::make_unique<Counters>(config.num_experts)) {}
+      counters_(std::make_unique<Counters>(config.num_experts, pool.num_threads())) {}
 
 MoeLayer::~MoeLayer() = default;
 
@@ -75,6 +77,7 @@ void MoeLayer::forward_deferred(const MoeInput& input) {
 uint64_t MoeLayer::compute(const MoeInput& input) {
   const auto start = std::chrono::steady_clock::now();
   const int hidden_size = config().hidden_size;
+  const uint64_t barriers = pool_.num_barriers();
   uint64_t weight_bytes = 0;
   uint64_t rows = 0;
   const int pass_tokens = std::clamp(kMaxPassRows / std::max(input.top_k, 1), 1, kMaxPassTokens);
@@ -99,6 +102,7 @@ uint64_t MoeLayer::compute(const MoeInput& input) {
   const auto elapsed = std::chrono::steady_clock::now() - start;
   Counters::add(counters_->rows, rows);
   Counters::add(counters_->weight_bytes, weight_bytes);
+  Counters::add<uint64_t>(counters_->barriers, pool_.num_barriers() - barriers);
   Counters::add<uint64_t>(counters_->busy_ns,
                           std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count());
   return rows;
@@ -116,7 +120,7 @@ uint64_t MoeLayer::compute_pass(const MoeInput& pass, uint64_t& weight_bytes) {
     store_addend(*kernels_.rowwise, pass, config().hidden_size);
     return 0;
   }
-  ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass).run();
+  ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass, counters_->reads).run();
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     weight_bytes +=
         routing_.experts.size() * store_.num_panels(projection) * store_.panel_bytes(projection);
@@ -143,6 +147,14 @@ MoeCounters MoeLayer::counters() const {
   copy.tokens = counters_->tokens.load(std::memory_order_relaxed);
   copy.rows = counters_->rows.load(std::memory_order_relaxed);
   copy.weight_bytes = counters_->weight_bytes.load(std::memory_order_relaxed);
+  for (const PanelReads& reads : counters_->reads) {
+    for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+      copy.read_bytes +=
+          reads.panels[static_cast<int>(projection)].load(std::memory_order_relaxed) *
+          store_.panel_bytes(projection);
+    }
+  }
+  copy.barriers = counters_->barriers.load(std::memory_order_relaxed);
   copy.busy_ns = counters_->busy_ns.load(std::memory_order_relaxed);
   copy.deferred_rows = counters_->deferred_rows.load(std::memory_order_relaxed);
   copy.dropped_shares = counters_->dropped_shares.load(std::memory_order_relaxed);

@@ -42,6 +42,8 @@ class MoeScratch {
       workers;  // by worker: tile, output columns, expanded panel, row buffers
   std::vector<std::unique_ptr<WorkSplit>> w13_splits;  // by node
   std::vector<std::unique_ptr<WorkSplit>> w2_splits;
+  std::vector<int64_t> w13_costs;             // by expert of the pass: of one of its panels
+  const std::vector<int64_t> w2_costs = {1};  // one item: a panel is of all experts
 
   void prepare_splits(int nodes) {
     while (static_cast<int>(w13_splits.size()) < nodes) {

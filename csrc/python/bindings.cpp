@@ -173,6 +173,8 @@ py::dict counters_dict(const LayerHandle& handle) {
   out["tokens"] = counters.tokens;
   out["rows"] = counters.rows;
   out["weight_bytes"] = counters.weight_bytes;
+  out["read_bytes"] = counters.read_bytes;
+  out["barriers"] = counters.barriers;
   out["busy_ns"] = counters.busy_ns;
   out["deferred_rows"] = counters.deferred_rows;
   out["dropped_shares"] = counters.dropped_shares;

@@ -156,6 +156,9 @@ struct WorkerPool::State {
   bool finished = true;
   bool stopping = false;
 
+  // written by the last worker to arrive, one at a time
+  std::atomic<uint64_t> num_barriers{0};
+
   alignas(64) std::atomic<bool> failed{false};
   alignas(64) std::atomic<bool> running{false};
   std::vector<std::thread> threads;
@@ -275,6 +278,7 @@ bool WorkerPool::State::arrive(WorkerSlot& slot) {
 }
 
 void WorkerPool::State::advance() {
+  num_barriers.store(num_barriers.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   ++phase;
   finished = phase == num_phases || failed.load(std::memory_order_relaxed);
   if (!finished) release_step();
@@ -378,6 +382,10 @@ WorkerPool::CallerPin::CallerPin(const WorkerPool& pool) {
 
 WorkerPool::CallerPin::~CallerPin() {
   if (before_ != nullptr) sched_setaffinity(0, sizeof before_->cpus, &before_->cpus);
+}
+
+uint64_t WorkerPool::num_barriers() const {
+  return state_->num_barriers.load(std::memory_order_relaxed);
 }
 
 int WorkerPool::num_parked() const {

@@ -71,6 +71,10 @@ class WorkerPool {
     std::unique_ptr<Affinity> before_;  // null: nothing to give back
   };
 
+  // Barriers since construction: one behind each phase, the join of a run among them. From any
+  // thread.
+  uint64_t num_barriers() const;
+
   // Threads now parked (for tests: an idle pool has num_threads() - 1).
   int num_parked() const;
 
