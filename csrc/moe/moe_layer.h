@@ -36,7 +36,7 @@ struct MoeCounters {
   uint64_t tokens = 0;
   uint64_t rows = 0;            // (token, expert) pairs computed
   uint64_t weight_bytes = 0;    // packed bytes of the distinct experts of each forward
-  uint64_t read_bytes = 0;      // packed bytes given to kernels: weight_bytes if each panel was once
+  uint64_t read_bytes = 0;      // packed bytes of the panels that kernels were given
   uint64_t barriers = 0;        // of the pool, in passes: 2 or 4 each (forward_pass.h)
   uint64_t busy_ns = 0;         // wall time inside forward() and forward_deferred()
   uint64_t deferred_rows = 0;   // those of `rows` that forward_deferred() computed
