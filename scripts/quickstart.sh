@@ -117,7 +117,7 @@ log=$demo/server.log
 say "server: starting on port $port, log in $log"
 # a session of its own: Ctrl-C reaches this script, which then stops the server and all its processes
 setsid "$python" -m kt_kernel.launch_server --model-path "$model" --served-model-name "$served_name" \
-  --host 127.0.0.1 --port "$port" --kt-method "$method" --kt-weight-path "$weights" --max-running-requests 8 \
+  --host 127.0.0.1 --port "$port" --kt-method "$method" --kt-weight-path "$weights" --max-running-requests 16 \
   >"$log" 2>&1 </dev/null &
 server=$!
 disown "$server" # bash is not to report how it ended
