@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         for index, row in run_all(args, workloads, users, tokenizer):
             result["workloads"][index]["rows"].append(asdict(row))
-            progress = f"{workloads[index].name}, {row.users} users: {row.total_tokens_per_s:.1f} tokens/s in total"
+            progress = f"{workloads[index].name}, users {row.users}: {row.total_tokens_per_s:.1f} tokens/s in total"
             print(progress, file=sys.stderr)
     except WrongAnswerError as error:
         print(error, file=sys.stderr)
@@ -347,7 +347,7 @@ def summarize(record: dict, workload: Workload, users: int) -> Row:
     WrongAnswerError
         A request failed, or its answer has another number of tokens.
     """
-    where = f"{workload.name}, {users} users: request"
+    where = f"{workload.name}, users {users}: request"
     numbers = zip(record["errors"], record["output_lens"], record["ttfts"], record["itls"], strict=True)
     for i, (error, tokens, first_token, gaps) in enumerate(numbers):
         if error:

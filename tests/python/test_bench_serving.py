@@ -67,8 +67,8 @@ def test_the_request_of_the_warm_up_is_not_counted_behind_a_shared_prefix() -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_lens": [5, 4, 5]}, "random prompts, 3 users: request 1 returned 4 tokens instead of 5."),
-        ({"ttfts": [0.1, 0.1, 0.0]}, "random prompts, 3 users: request 2 returned 0 tokens instead of 5."),
+        ({"output_lens": [5, 4, 5]}, "random prompts, users 3: request 1 returned 4 tokens instead of 5."),
+        ({"ttfts": [0.1, 0.1, 0.0]}, "random prompts, users 3: request 2 returned 0 tokens instead of 5."),
         ({"errors": ["", "", "Traceback\n  here\nConnectionError: gone\n"]}, "request 2 failed: ConnectionError: gone"),
         ({"itls": [[], [0.1], [0.1]]}, "request 0 came in one piece, so it has no speed; raise --output-tokens."),
     ],
