@@ -20,7 +20,8 @@ struct ActivationRows {
   int64_t group_sum_stride = 0;
 };
 
-// Panels that one worker gave to kernels, by projection. A cache line each: counting disturbs nobody.
+// Panels that one worker gave to kernels, by projection. A cache line each: counting disturbs no
+// other worker.
 struct alignas(64) PanelReads {
   std::atomic<uint64_t> panels[2] = {};
 };

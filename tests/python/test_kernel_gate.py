@@ -1,0 +1,309 @@
+"""The gate without a clock: what a kernel's hot loops cost in instructions and spills, a forward in barriers and bytes.
+
+Exact for every instruction set on any host: instructions are counted in the objects, in the loops that multiply, and
+not by callgrind, whose valgrind (3.19 in Debian 12) does not know AVX-512. A loop runs once a k-step of a tile, so its
+instructions over its products are what the machine executes. Barriers and bytes are the library's own counters.
+Reads the objects that ``scripts/test.sh`` and ``install.sh`` leave in build/, as test_objects.py does.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_objects import ISA_FOLDER, require_objects
+
+from kt_kernel import ops
+from kt_kernel.config import EngineConfig, MoEConfig
+from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
+
+# --- loops of an object ---
+
+# The instructions that multiply, and the products of a 64-byte one. A kernel multiplies with the first of them that it
+# has: what comes later in the list adds pairs or folds groups there.
+MULTIPLIERS = {
+    r"vpdpbusd": 64,
+    r"vdpbf16ps": 32,
+    r"vpmaddubsw": 64,
+    r"vpmaddwd": 32,
+    r"vfmadd\d+ps": 16,
+}
+REGISTER_BYTES = {"x": 16, "y": 32, "z": 64}
+
+# Instructions for 1,000 products that the hot loops of a source may take, by function. Counted with g++ 12.2, and a
+# tenth more: a spilled tile of 6 rows takes twice as many. `<1` is decode, the largest number the full tile.
+BOUNDS: dict[str, dict[str, float]] = {
+    "gemm_int8_avx2.cpp": {r"<1": 323, r"<[2-5]": 250, r"<6": 230},
+    "gemm_int4_avx2.cpp": {r"<1, false": 157, r"<1, true": 123, r"<[2-5]": 163, r"<6": 149},
+    "gemm_bf16_avx2.cpp": {r"<1": 439, r"<[23]": 361, r"<4": 336},
+    "gemm_int8_avx512.cpp": {r"<1": 155, r"<[23]": 121, r"<4": 104},
+    "gemm_int4_avx512.cpp": {r"<1": 74, r"<2": 56},
+    "gemm_bf16_avx512.cpp": {r"<1": 224, r"<[2-4]": 181, r"<5": 148},
+    "gemm_int8_avx512vnni.cpp": {r"<1": 30, r"<[2-5]": 37, r"<6": 30},
+    "gemm_int4_avx512vnni.cpp": {
+        r"packed<1": 63,
+        r"packed<2": 42,
+        r"packed<3": 36,
+        r"expanded<1": 95,
+        r"expanded<[2-5]": 61,
+        r"expanded<6": 38,
+    },
+    "gemm_bf16_avx512bf16.cpp": {r"<1": 129, r"<[2-5]": 95, r"<6": 59},
+}
+
+# Whole vectors that one hot loop may store to or load from the stack; none elsewhere. int4 on AVX2 keeps the integer
+# sums of a group there by design (a load and a store each, once in 32 k: 24 of 37 at 6 rows). int8 on AVX2 loads one
+# mask anew: 12 sums, weights and activations are all 16 registers.
+SPILLS = {"gemm_int4_avx2.cpp": 37, "gemm_int8_avx2.cpp": 1}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str
+    operands: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop that multiplies."""
+
+    function: str
+    instructions: int
+    products: int
+    spills: int  # accesses of whole vectors to the stack
+
+    @property
+    def cost(self) -> float:
+        """Instructions for 1,000 products."""
+        return 1000 * self.instructions / self.products
+
+
+def functions_of(path: Path) -> dict[str, list[Instruction]]:
+    """The instructions of each function, by its demangled name."""
+    text = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", path], check=True, capture_output=True, text=True
+    ).stdout
+    functions = {}
+    for match in re.finditer(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n?)+)", text, re.MULTILINE):
+        lines = re.findall(r"^\s*([0-9a-f]+):\t(\S+)[ ]*(.*)$", match.group(2), re.MULTILINE)
+        functions[match.group(1)] = [Instruction(int(address, 16), name, rest) for address, name, rest in lines]
+    return functions
+
+
+def loop_ranges(body: list[Instruction]) -> list[tuple[int, int]]:
+    """First and last address of each loop: a jump back and its target. Innermost ones only."""
+    found = set()
+    for at in body:
+        target = re.match(r"([0-9a-f]+) <", at.operands)
+        if at.name.startswith("j") and target and body[0].address <= int(target.group(1), 16) <= at.address:
+            found.add((int(target.group(1), 16), at.address))
+    return sorted(
+        (begin, end)
+        for begin, end in found
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in found)
+    )
+
+
+def multiplier_of(functions: dict[str, list[Instruction]]) -> tuple[str, int] | None:
+    """What the kernels of an object multiply with: a pattern and the products of 64 bytes; None if with nothing."""
+    for pattern, products in MULTIPLIERS.items():
+        if any(re.fullmatch(pattern, at.name) for body in functions.values() for at in body):
+            return pattern, products
+    return None
+
+
+def is_spill(at: Instruction, has_frame: bool) -> bool:
+    """A whole vector stored to or loaded from the stack. Broadcasts of a scalar on it are operands, not spills."""
+    stack = r"\((%rsp|%rbp)" if has_frame else r"\(%rsp"
+    vector = re.search(r"%[xyz]mm", at.operands) and re.search(stack, at.operands)
+    return bool(vector) and "broadcast" not in at.name and "{1to" not in at.operands
+
+
+def hot_loops(path: Path) -> list[Loop]:
+    """The innermost loops of an object that multiply."""
+    functions = functions_of(path)
+    multiplier = multiplier_of(functions)
+    if multiplier is None:
+        return []
+    loops = []
+    for name, body in functions.items():
+        has_frame = any(at.name == "mov" and at.operands == "%rsp,%rbp" for at in body)
+        for begin, end in loop_ranges(body):
+            inside = [at for at in body if begin <= at.address <= end]
+            widths = [
+                REGISTER_BYTES[re.findall(r"%([xyz])mm", at.operands)[-1]]
+                for at in inside
+                if re.fullmatch(multiplier[0], at.name)
+            ]
+            if widths:
+                spills = sum(is_spill(at, has_frame) for at in inside)
+                plain = re.sub(r"kt::|\(anonymous namespace\)::|^void ", "", name).split("(")[0]
+                loops.append(Loop(plain, len(inside), multiplier[1] * sum(widths) // 64, spills))
+    return loops
+
+
+def loop_findings(source: str, loops: list[Loop]) -> list[str]:
+    """What the gate has against the hot loops of a source: spills, too many instructions, a kernel without a loop."""
+    bounds = BOUNDS.get(source)
+    if bounds is None:
+        return [f"{source}: no bound on its instructions; add it to BOUNDS"]
+    findings = []
+    for pattern in bounds:
+        if not any(re.search(pattern, loop.function) for loop in loops):
+            findings.append(f"{source}: no hot loop in a function like {pattern}")
+    for loop in loops:
+        where = f"{source}: {loop.function}"
+        allowed = SPILLS.get(source, 0)
+        if loop.spills > allowed:
+            findings.append(f"{where}: {loop.spills} spills in a hot loop, {allowed} are allowed")
+        limits = [bound for pattern, bound in bounds.items() if re.search(pattern, loop.function)]
+        if not limits:
+            findings.append(f"{where}: a hot loop without a bound")
+        elif loop.cost > min(limits):
+            findings.append(f"{where}: {loop.cost:.0f} instructions for 1,000 products, {min(limits):g} are allowed")
+    return findings
+
+
+def test_hot_loops_neither_spill_nor_grow() -> None:
+    objects = {Path(name).name: path for name, path in require_objects(ISA_FOLDER).items()}
+    kernels = {name: path for name, path in objects.items() if name.startswith("gemm_")}
+    assert kernels, "no kernel was built"
+    findings = []
+    for name, path in kernels.items():
+        findings += loop_findings(name, hot_loops(path))
+    assert not findings, "\n".join(findings)
+
+
+# Forty sums need more than the 32 vector registers there are.
+PLANTED = """
+#include <immintrin.h>
+namespace kt {
+template <int kSums>
+void spilling(const float* a, float* c, long steps) {
+  __m512 sum[kSums];
+#pragma GCC unroll 64
+  for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_ps();
+  for (long s = 0; s < steps; ++s) {
+    const __m512 w = _mm512_loadu_ps(a + 1024 * s);
+#pragma GCC unroll 64
+    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(a[16 * i + 1024 * s]), w, sum[i]);
+  }
+#pragma GCC unroll 64
+  for (int i = 0; i < kSums; ++i) _mm512_storeu_ps(c + 16 * i, sum[i]);
+}
+template void spilling<40>(const float*, float*, long);
+template void spilling<6>(const float*, float*, long);
+}  // namespace kt
+"""
+
+
+@pytest.fixture(scope="module")
+def planted_loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loop]:
+    compiler = shutil.which("g++")
+    assert compiler, "g++ is missing; install.sh installs it"
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cpp").write_text(PLANTED)
+    command = [compiler, "-O3", "-mavx512f", "-mprefer-vector-width=512", "-c", "planted.cpp", "-o", "planted.cpp.o"]
+    subprocess.run(command, check=True, cwd=folder)
+    return {loop.function: loop for loop in hot_loops(folder / "planted.cpp.o")}
+
+
+def test_a_planted_spill_is_found(planted_loops, monkeypatch) -> None:
+    monkeypatch.setitem(BOUNDS, "planted.cpp", {r"<40": 1000, r"<6": 1000})
+    findings = loop_findings("planted.cpp", list(planted_loops.values()))
+    assert len(findings) == 1 and "spilling<40>" in findings[0] and "spills in a hot loop" in findings[0]
+
+
+def test_planted_instructions_are_found(planted_loops, monkeypatch) -> None:
+    good = planted_loops["spilling<6>"]
+    assert good.products == 6 * 16 and 6 < good.instructions < 24
+    monkeypatch.setitem(BOUNDS, "planted.cpp", {r"<6": good.cost * 0.9})
+    assert "instructions for 1,000 products" in loop_findings("planted.cpp", [good])[0]
+    monkeypatch.setitem(BOUNDS, "planted.cpp", {r"<6": good.cost * 1.1})
+    assert not loop_findings("planted.cpp", [good])
+
+
+def test_a_kernel_that_the_gate_does_not_know_is_found(planted_loops, monkeypatch) -> None:
+    assert "no bound" in loop_findings("gemm_fp8_avx512.cpp", list(planted_loops.values()))[0]
+    monkeypatch.setitem(BOUNDS, "planted.cpp", {r"<7": 1000})
+    findings = loop_findings("planted.cpp", [planted_loops["spilling<6>"]])
+    assert findings == [
+        "planted.cpp: no hot loop in a function like <7",
+        "planted.cpp: spilling<6>: a hot loop without a bound",
+    ]
+
+
+# --- barriers and bytes of a forward ---
+
+SIZES = {"hidden_size": 576, "intermediate_size": 320}
+NUM_EXPERTS, TOP_K = 8, 2
+FEW_TOKENS, MANY_TOKENS = 3, 100
+
+
+def forward_findings(counters: Callable[[], dict], run: Callable[[], object], barriers: int, weight_bytes: int) -> list:
+    """What the gate has against one forward: barriers and bytes of weights beyond what it needs."""
+    before = counters()
+    run()
+    spent = {name: counters()[name] - before[name] for name in ("barriers", "read_bytes")}
+    findings = []
+    if spent["barriers"] > barriers:
+        findings.append(f"{spent['barriers']} barriers, {barriers} are allowed")
+    if spent["read_bytes"] != weight_bytes:
+        findings.append(f"{spent['read_bytes']} bytes of weights read, {weight_bytes} are needed")
+    return findings
+
+
+@pytest.fixture(scope="module", params=["int8_n64k4_r512_v1", "int4g32_n64k8_r512_v1", "bf16_n64k2_v1"])
+def experts(request) -> CpuExperts:
+    config = MoEConfig(layer_idx=0, num_experts=NUM_EXPERTS, top_k=TOP_K, **SIZES)
+    experts = CpuExperts(config, layout=request.param, engine=get_engine(EngineConfig.resolve(2)))
+    hidden, wide = SIZES["hidden_size"], SIZES["intermediate_size"]
+    gate, down = torch.randn(wide, hidden), torch.randn(hidden, wide)
+    ids = range(NUM_EXPERTS)
+    experts.load_experts(list(ids), [gate for _ in ids], [gate for _ in ids], [down for _ in ids])
+    yield experts
+    experts.close()
+
+
+def forward_of(experts: CpuExperts, num_tokens: int) -> tuple[Callable[[], object], int]:
+    """A forward of so many tokens, and the bytes of its distinct experts."""
+    ids = torch.stack([torch.randperm(NUM_EXPERTS)[:TOP_K] for _ in range(num_tokens)])
+    hidden = torch.randn(num_tokens, SIZES["hidden_size"])
+    weights = torch.rand(num_tokens, TOP_K)
+    needed = len(ids.unique()) * sum(packed_bytes(experts.layout, **SIZES))
+    return lambda: ops.moe_forward(hidden, ids, weights, None, experts.layer.handle), needed
+
+
+@pytest.mark.parametrize("num_tokens, barriers", [(1, 2), (FEW_TOKENS, 2), (MANY_TOKENS, 4)])
+def test_a_forward_waits_and_reads_no_more_than_it_must(experts, num_tokens, barriers) -> None:
+    run, needed = forward_of(experts, num_tokens)
+    assert not forward_findings(experts.layer.counters, run, barriers, needed)
+
+
+@pytest.mark.parametrize("num_tokens, barriers", [(1, 2), (MANY_TOKENS, 4)])
+def test_a_second_read_of_the_weights_is_found(experts, num_tokens, barriers) -> None:
+    run, needed = forward_of(experts, num_tokens)
+    findings = forward_findings(experts.layer.counters, lambda: (run(), run()), barriers, needed)
+    assert findings == [
+        f"{2 * barriers} barriers, {barriers} are allowed",
+        f"{2 * needed} bytes of weights read, {needed} are needed",
+    ]
+
+
+def test_an_extra_barrier_is_found(experts) -> None:
+    run, needed = forward_of(experts, 1)
+    planted = []
+
+    def counters() -> dict:
+        found = experts.layer.counters()
+        return {**found, "barriers": found["barriers"] + len(planted)}
+
+    findings = forward_findings(counters, lambda: (run(), planted.append(1)), 2, needed)
+    assert findings == ["3 barriers, 2 are allowed"]
