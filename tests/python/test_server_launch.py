@@ -60,6 +60,15 @@ REFUSALS = {
         ["--kt-weight-path", "WEIGHTS", "--kt-max-deferred-experts-per-token", "-1"],
         ["--kt-max-deferred-experts-per-token is -1"],
     ),
+    "no_such_node": (["--kt-weight-path", "WEIGHTS", "--kt-numa-nodes", "77"], ["--kt-numa-nodes names node 77"]),
+    "share_above_one": (
+        ["--kt-weight-path", "WEIGHTS", "--mem-fraction-static", "2"],
+        ["--mem-fraction-static is 2; give a share above 0, of at most 1"],
+    ),
+    "location_of_another_model": (
+        ["--kt-weight-path", "WEIGHTS", "--init-expert-location", '{"physical_to_logical_map": [[0, 1]]}'],
+        ["--init-expert-location", "shape [1, 2]", "shape [2, 40]"],
+    ),
     "no_threads": (["--kt-weight-path", "WEIGHTS", "--kt-cpuinfer", "0"], ["--kt-cpuinfer is 0"]),
     "other_model": (["--kt-weight-path", "OTHER"], ["num_experts 8", "40"]),
     "dense_model": (
@@ -185,7 +194,9 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (places["DENSE"] / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
     write_huge_model(places["HUGE"])
     lines = {}
-    for name, (flags, _) in {**REFUSALS, "accepted": (["--kt-weight-path", "WEIGHTS"], [])}.items():
+    weights = ["--kt-weight-path", "WEIGHTS"]
+    accepted = {"accepted": weights, "more deferred": [*weights, "--kt-max-deferred-experts-per-token", "9"]}
+    for name, flags in {**{name: flags for name, (flags, _) in REFUSALS.items()}, **accepted}.items():
         filled = [str(places.get(flag, flag)) for flag in flags]
         lines[name] = ["--model-path", str(places["WEIGHTS"]), *filled]
     plain = {"model_path": str(places["WEIGHTS"]), "kt_weight_path": str(places["WEIGHTS"]), "kt_method": "AMXINT8"}
@@ -215,8 +226,9 @@ def test_refused_with_one_sentence(refusals: dict[str, Any], name: str) -> None:
         assert words in message
 
 
-def test_good_line_is_accepted(refusals: dict[str, Any]) -> None:
-    assert refusals["accepted"] is None
+@pytest.mark.parametrize("name", ["accepted", "more deferred"])
+def test_good_line_is_accepted(refusals: dict[str, Any], name: str) -> None:
+    assert refusals[name] is None
 
 
 @pytest.mark.parametrize("name", ENGINE_REFUSALS)
