@@ -77,7 +77,7 @@ def collect() -> dict[str, Any]:
         "topology": topology,
         "kernels": {
             "table": _ext.list_kernels(),
-            "choice": {dtype: _ext.explain_kernels(dtype) for dtype in ("int8", "int4", "bf16")},
+            "choice": {dtype: _choice(dtype) for dtype in ("int8", "int4", "bf16")},
         },
         "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
         "environment": {
@@ -87,6 +87,16 @@ def collect() -> dict[str, Any]:
             "warnings": _environment_warnings(),
         },
     }
+
+
+def _choice(weight_dtype: str) -> str:
+    """The kernels chosen for weights of a type, or why KT_GEMM cannot be had for them."""
+    from kt_kernel import _ext
+
+    try:
+        return _ext.explain_kernels(weight_dtype)
+    except RuntimeError as error:
+        return f"{weight_dtype}: {error}"
 
 
 def _environment_warnings() -> list[str]:

@@ -67,6 +67,13 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "highest instruction set tier (reference, avx2, avx512, amx) and removed features, e.g. `avx512,-vnni`",
     ),
     EnvironmentVariable(
+        "KT_GEMM",
+        "auto",
+        "csrc/kernels/registry.cpp",
+        "whose GEMM kernels run: `native` (ours), `onednn` (torch's oneDNN for int8 and bf16 weights) or `auto` (the "
+        "fastest measured: ours)",
+    ),
+    EnvironmentVariable(
         "KT_SPIN_US",
         "chosen from the number of free cores",
         "csrc/system/worker_pool.cpp",
@@ -316,6 +323,15 @@ def _check_forced_isa() -> None:
     _ext.cpu_features()
 
 
+def _check_gemm() -> None:
+    from kt_kernel import _ext
+
+    try:
+        _ext.explain_kernels("int8")
+    except RuntimeError:
+        _ext.explain_kernels("bf16")  # a CPU may have the one without the other: the layer refuses its own
+
+
 def _check_driver() -> None:
     value = os.environ["KT_CUDA_DRIVER"]
     if "/" in value and not Path(value).is_file():
@@ -347,6 +363,7 @@ _CHECKS: dict[str, Callable[[], object]] = {
     "KT_EXPERT_COUNTS": lambda: record_path(os.environ["KT_EXPERT_COUNTS"], "KT_EXPERT_COUNTS"),
     "KT_LOG_LEVEL": log_level,
     "KT_FORCE_ISA": _check_forced_isa,
+    "KT_GEMM": _check_gemm,
     "KT_SPIN_US": lambda: _check_number("KT_SPIN_US", 1_000_000, whole=True, kind="microseconds"),
     "KT_CUDA_DRIVER": _check_driver,
     "KT_CUDA_SIGNAL": lambda: _check_signal("KT_CUDA_SIGNAL"),

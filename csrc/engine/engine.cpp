@@ -90,7 +90,14 @@ void Engine::for_each_device(FunctionRef<void(DeviceSync&)> visit) {
 
 EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)
     : engine(std::move(layer_engine)),
-      layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {}
+      layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {
+  if (!layer.compiles_kernels()) return;
+  // Worker 0 of a forward is the stream's thread or the caller of run(), and code is compiled for
+  // each thread by itself: once on the stream's, once on this one, as who makes layers runs them.
+  const auto prepare = [this] { layer.prepare_kernels(); };
+  engine->stream().wait(engine->stream().submit(prepare));
+  engine->run(prepare);
+}
 
 EngineLayer::~EngineLayer() {
   if (engine->inherited()) return;

@@ -1,7 +1,9 @@
 #include "kernels/registry.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <sstream>
+#include <string_view>
 
 #include "base/check.h"
 
@@ -40,19 +42,53 @@ struct IsaRank {
 
 bool is_supported(IsaSet needed, IsaSet isa) { return (needed & ~isa) == 0; }
 
+std::deque<GemmKernel>& gemm_table() {
+  static std::deque<GemmKernel> kernels = {
+#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
+  {#symbol, isa, DType::weight, DType::activation, mr, m_from, symbol, expand},
+#include "kernels/kernels.inc"
+  };
+  return kernels;
+}
+
+bool is_in_question(const GemmKernel& kernel, DType weight_dtype, IsaSet isa, GemmChoice choice) {
+  return kernel.weight_dtype == weight_dtype && is_supported(kernel.isa, isa) &&
+         kernel.m_from > 0 &&
+         (kernel.source == GemmSource::kNative || choice != GemmChoice::kNative);
+}
+
 // The best supported row for experts of exactly m rows: most capable features, then the nearest
-// m_from.
-const GemmKernel* best_gemm(DType weight_dtype, IsaSet isa, int m) {
+// m_from, then ours before another library's.
+const GemmKernel* best_gemm(DType weight_dtype, IsaSet isa, GemmChoice choice, int m) {
   const GemmKernel* best = nullptr;
-  for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.weight_dtype != weight_dtype || !is_supported(kernel.isa, isa) || kernel.m_from > m)
-      continue;
+  for (const GemmKernel& kernel : gemm_table()) {
+    if (!is_in_question(kernel, weight_dtype, isa, choice) || kernel.m_from > m) continue;
     if (best == nullptr || IsaRank(kernel.isa) > IsaRank(best->isa) ||
         (kernel.isa == best->isa && kernel.m_from > best->m_from)) {
       best = &kernel;
     }
   }
   return best;
+}
+
+// oneDNN's row for these weights. They are the caller's wish, so a lack is an error.
+const GemmKernel* onednn_gemm(DType weight_dtype, IsaSet isa) {
+  const GemmKernel* found = nullptr;
+  for (const GemmKernel& kernel : gemm_table()) {
+    if (kernel.source == GemmSource::kOneDnn && kernel.weight_dtype == weight_dtype)
+      found = &kernel;
+  }
+  KT_CHECK(found != nullptr,
+           "KT_GEMM=\"onednn\" asks for oneDNN's kernel for "
+               << dtype_name(weight_dtype)
+               << " weights, but this torch offers none on this CPU: it takes avx512vnni for int8, "
+                  "avx512bf16 for bf16, and no ONEDNN_MAX_CPU_ISA below them; give native or auto, "
+                  "or unset it.");
+  KT_CHECK(is_supported(found->isa, isa),
+           "KT_GEMM=\"onednn\" asks for " << found->name << ", which needs " << isa_name(found->isa)
+                                          << ", but in use are: " << isa_name(isa)
+                                          << "; give native or auto, or unset it.");
+  return found;
 }
 
 }  // namespace
@@ -65,14 +101,35 @@ const GemmKernel& KernelSet::for_rows(int m) const {
   return *chosen;
 }
 
-const std::vector<GemmKernel>& list_gemm_kernels() {
-  static const std::vector<GemmKernel> kernels = {
-#define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
-  {#symbol, isa, DType::weight, DType::activation, mr, m_from, symbol, expand},
-#include "kernels/kernels.inc"
-  };
-  return kernels;
+GemmChoice parse_gemm_choice(const char* value) {
+  const std::string_view word(value == nullptr ? "" : value);
+  if (word.empty() || word == "auto") return GemmChoice::kAuto;
+  if (word == "native") return GemmChoice::kNative;
+  KT_CHECK(word == "onednn",
+           "KT_GEMM=\"" << word << "\" is no choice of kernels; give auto, native or onednn.");
+  return GemmChoice::kOneDnn;
 }
+
+GemmChoice gemm_choice() {
+  // An initializer that throws leaves the static unset, so that every call throws.
+  static const GemmChoice choice = parse_gemm_choice(std::getenv("KT_GEMM"));
+  return choice;
+}
+
+void register_gemm(const GemmKernel& kernel) {
+  for (const GemmKernel& known : gemm_table()) {
+    KT_CHECK(std::string_view(known.name) != kernel.name,
+             "kernel " << kernel.name << " is registered twice; give each row its own name.");
+  }
+  KT_CHECK(kernel.source != GemmSource::kNative,
+           "kernel " << kernel.name << " has the source kNative; write it into kernels.inc.");
+  KT_CHECK(kernel.weight_dtype != DType::kBFloat16 || kernel.m_from <= 1,
+           "kernel " << kernel.name << " is for bf16 from " << kernel.m_from
+                     << " rows on; a bf16 row serves every m (m_from 1) or none (0).");
+  gemm_table().push_back(kernel);
+}
+
+const std::deque<GemmKernel>& list_gemm_kernels() { return gemm_table(); }
 
 const std::vector<RowwiseKernel>& list_rowwise_kernels() {
   static const std::vector<RowwiseKernel> kernels = {
@@ -120,7 +177,7 @@ Probes select_probes(DType weight_dtype, IsaSet isa) {
   return {read->read, peak->peak, peak->operations, peak->name};
 }
 
-KernelSet select_kernels(DType weight_dtype, IsaSet isa) {
+KernelSet select_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice) {
   KernelSet set;
   const RowwiseKernel* rowwise = nullptr;
   for (const RowwiseKernel& kernel : list_rowwise_kernels()) {
@@ -129,15 +186,19 @@ KernelSet select_kernels(DType weight_dtype, IsaSet isa) {
   }
   set.rowwise = rowwise->ops;
 
+  if (choice == GemmChoice::kOneDnn && weight_dtype != DType::kInt4) {
+    const GemmKernel* const kernel = onednn_gemm(weight_dtype, isa);
+    set.a_dtype = kernel->a_dtype;
+    set.gemms.push_back(kernel);
+    return set;
+  }
   std::vector<int> classes;
-  for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.weight_dtype == weight_dtype && is_supported(kernel.isa, isa)) {
-      classes.push_back(kernel.m_from);
-    }
+  for (const GemmKernel& kernel : gemm_table()) {
+    if (is_in_question(kernel, weight_dtype, isa, choice)) classes.push_back(kernel.m_from);
   }
   std::sort(classes.begin(), classes.end());
   for (int m_from : classes) {
-    const GemmKernel* best = best_gemm(weight_dtype, isa, m_from);
+    const GemmKernel* best = best_gemm(weight_dtype, isa, choice, m_from);
     if (set.gemms.empty() || set.gemms.back() != best) set.gemms.push_back(best);
   }
   KT_CHECK(!set.gemms.empty() && set.gemms.front()->m_from == 1,
@@ -154,12 +215,13 @@ KernelSet select_kernels(DType weight_dtype, IsaSet isa) {
   return set;
 }
 
-std::string explain_kernels(DType weight_dtype, IsaSet isa) {
-  const KernelSet set = select_kernels(weight_dtype, isa);
+std::string explain_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice) {
+  const KernelSet set = select_kernels(weight_dtype, isa, choice);
   std::ostringstream text;
   text << dtype_name(weight_dtype) << " on " << isa_tier(isa) << ":";
   for (const GemmKernel* kernel : set.gemms) {
-    text << " m>=" << kernel->m_from << " " << kernel->name << ",";
+    text << " m>=" << (kernel == set.gemms.front() ? 1 : kernel->m_from) << " " << kernel->name
+         << ",";
   }
   text << " " << set.rowwise->name;
   return text.str();

@@ -1,6 +1,8 @@
-// Which kernel runs: the table of kernels.inc, cut to the features in use.
+// Which kernel runs: the table of kernels.inc and what other libraries add to it, cut to the
+// features in use and to what KT_GEMM allows.
 #pragma once
 
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -10,28 +12,61 @@
 
 namespace kt {
 
-// One row of kernels.inc.
+enum class GemmSource {
+  kNative,  // kernels.inc
+  kOneDnn,  // oneDNN's micro-kernels, out of torch (torch/onednn_brgemm.cpp)
+};
+
+// Compiles what a row needs for products of depth k. Each thread that is to call its GemmFn calls
+// this first, or its first call does the same and takes milliseconds. Allocates.
+using PrepareFn = void (*)(int32_t k);
+
+// One row of kernels.inc, or one that register_gemm() added.
 struct GemmKernel {
   const char* name;
   IsaSet isa;          // needs all of these
   DType weight_dtype;  // kInt8, kInt4 or kBFloat16
   DType a_dtype;       // kInt8, kUint8 (= int8 + 128) or kBFloat16
   int mr;              // rows of its register tile
-  int m_from;          // chosen for experts with at least this many rows
+  int m_from;          // chosen for experts with at least this many rows; 0: only on request
   GemmFn gemm;
   ExpandFn expand;  // not null: the dispatcher expands each panel once and passes the scratch
+  GemmSource source = GemmSource::kNative;
+  PrepareFn prepare = nullptr;  // null: nothing to compile
 };
+
+// The sources that select_kernels() may take rows from.
+enum class GemmChoice {
+  kAuto,    // all, by m_from
+  kNative,  // kernels.inc
+  kOneDnn,  // oneDNN's row for every m; int4, of which it has none, from kernels.inc
+};
+
+// Applies a KT_GEMM value: auto, native or onednn; empty or null: auto.
+// Errors   kt::Error naming the value and the allowed words.
+GemmChoice parse_gemm_choice(const char* value);
+
+// KT_GEMM, read once; throws what parse_gemm_choice() throws on every call. Thread-safe.
+GemmChoice gemm_choice();
 
 // The kernels one method uses on one host. All share a_dtype, so activations are quantized once.
 struct KernelSet {
   const RowwiseOps* rowwise = nullptr;
   DType a_dtype = DType::kBFloat16;
-  std::vector<const GemmKernel*> gemms;     // ascending m_from; the first has m_from 1
+  std::vector<const GemmKernel*> gemms;     // ascending m_from; the first serves m = 1
   const GemmKernel& for_rows(int m) const;  // last row with m_from <= max(m, 1)
 };
 
-// All rows of kernels.inc, and all RowwiseOps with what they need.
-const std::vector<GemmKernel>& list_gemm_kernels();
+// Adds a row whose source is another library. Its place in the table is that of its isa and m_from:
+// the order in which rows are added changes no choice.
+//
+// Errors   kt::Error: the name is there already; the source is kNative; or bf16 with m_from above
+//          1, where bf16 sums, rounded in an order of each row's own, would depend on m.
+// Threads  none: called while the program loads, before anything else of this header.
+void register_gemm(const GemmKernel& kernel);
+
+// All rows of kernels.inc, then the registered ones, and all RowwiseOps with what they need.
+const std::deque<GemmKernel>& list_gemm_kernels();
 struct RowwiseKernel {
   IsaSet isa;
   const RowwiseOps* ops;
@@ -50,9 +85,10 @@ Probes select_probes(DType weight_dtype, IsaSet isa);
 
 // Picks, for each m class, the row of the highest feature set within `isa`. Never empty: reference
 // is always there.
-KernelSet select_kernels(DType weight_dtype, IsaSet isa);
+// Errors   kt::Error: kOneDnn, where oneDNN has no row for these weights within `isa`.
+KernelSet select_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice = gemm_choice());
 
 // The choice as one line of text, e.g. "int8 on avx512: m>=1 gemm_u8_int8_..., rowwise_avx512".
-std::string explain_kernels(DType weight_dtype, IsaSet isa);
+std::string explain_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice = gemm_choice());
 
 }  // namespace kt

@@ -44,14 +44,30 @@ struct MoeLayer::Counters {
 
 MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
                    IsaSet isa)
-    : store_(config, pool),
+    : isa_(isa),
+      kernels_(select_kernels(config.layout.code, isa)),
+      store_(config, pool),
       pool_(pool),
       scratch_(std::move(scratch)),
-      isa_(isa),
-      kernels_(select_kernels(config.layout.code, isa)),
       counters_(std::make_unique<Counters>(config.num_experts, pool.num_threads())) {}
 
 MoeLayer::~MoeLayer() = default;
+
+bool MoeLayer::compiles_kernels() const {
+  return std::any_of(kernels_.gemms.begin(), kernels_.gemms.end(),
+                     [](const GemmKernel* kernel) { return kernel->prepare != nullptr; });
+}
+
+void MoeLayer::prepare_kernels() {
+  const auto prepare = [this](const Worker&) {
+    for (const GemmKernel* kernel : kernels_.gemms) {
+      if (kernel->prepare == nullptr) continue;
+      for (const Projection projection : {Projection::kW13, Projection::kW2})
+        kernel->prepare(static_cast<int32_t>(store_.padded_k(projection)));
+    }
+  };
+  pool_.run({prepare});
+}
 
 void MoeLayer::check_expert(int expert) const {
   KT_CHECK(store_.has(expert),

@@ -66,6 +66,11 @@ class MoeLayer {
 
   const MoeConfig& config() const { return store_.config(); }
   ExpertStore& store() { return store_; }
+  // Whether its kernels compile code for its sizes, on each thread that runs them:
+  // prepare_kernels() does so for the workers of the pool, its caller among them. Called as forward()
+  // is.
+  bool compiles_kernels() const;
+  void prepare_kernels();
   void forward(const MoeInput& input);
   // The rest of a forward whose first part skipped some experts: counts rows and time only.
   void forward_deferred(const MoeInput& input);
@@ -81,11 +86,11 @@ class MoeLayer {
   uint64_t compute_pass(const MoeInput& pass, uint64_t& weight_bytes);
   void count_ids(const MoeInput& input);
 
+  IsaSet isa_;
+  KernelSet kernels_;  // before the store: a choice that is refused allocates nothing
   ExpertStore store_;
   WorkerPool& pool_;
   std::shared_ptr<MoeScratch> scratch_;
-  IsaSet isa_;
-  KernelSet kernels_;
   Routing routing_;
   std::unique_ptr<Counters> counters_;
 };

@@ -33,6 +33,7 @@ py::list kernel_list() {
     py::dict row;
     row["name"] = kernel.name;
     row["op"] = "gemm";
+    row["source"] = kernel.source == GemmSource::kNative ? "native" : "onednn";
     row["weight"] = dtype_name(kernel.weight_dtype);
     row["a"] = dtype_name(kernel.a_dtype);
     row["tier"] = isa_tier(kernel.isa);
@@ -102,7 +103,7 @@ py::dict layout_dict(const std::string& name, int64_t n, int64_t k) {
 class LayerHandle {
  public:
   LayerHandle(const std::shared_ptr<Engine>& engine, const MoeConfig& config)
-      : layer_(std::make_shared<EngineLayer>(engine, config)), handle_(register_layer(layer_)) {}
+      : layer_(make_engine_layer(engine, config)), handle_(register_layer(layer_)) {}
   ~LayerHandle() { close(); }
   LayerHandle(const LayerHandle&) = delete;
   LayerHandle& operator=(const LayerHandle&) = delete;
@@ -122,6 +123,12 @@ class LayerHandle {
   MoeLayer& layer() const { return engine_layer()->layer; }
 
  private:
+  static std::shared_ptr<EngineLayer> make_engine_layer(const std::shared_ptr<Engine>& engine,
+                                                        const MoeConfig& config) {
+    const py::gil_scoped_release release;  // kernels are compiled behind jobs that may want the GIL
+    return std::make_shared<EngineLayer>(engine, config);
+  }
+
   std::shared_ptr<EngineLayer> layer_;
   int64_t handle_;
 };

@@ -19,7 +19,7 @@ def test_generated_tables_are_up_to_date() -> None:
 def test_table_of_kernels_is_the_registry() -> None:
     from kt_kernel import _ext
 
-    listed = {row["name"] for row in _ext.list_kernels()}
+    listed = {row["name"] for row in _ext.list_kernels() if row.get("source") != "onednn"}
     assert listed == {name for name in kernel_rows() if name.startswith(("gemm_", "rowwise_"))}
 
 
