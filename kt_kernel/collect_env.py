@@ -101,7 +101,8 @@ def _choice(weight_dtype: str) -> str:
 
 def _environment_warnings() -> list[str]:
     """What is wrong with the KT_* variables: a sentence each."""
-    from kt_kernel.config import default_num_threads, unknown_variables, usable_cpus, wrong_values
+    from kt_kernel.config import default_num_threads, unknown_variables, usable_cpus
+    from kt_kernel.environment import wrong_values
 
     wrong = wrong_values()
     warnings = list(wrong.values())

@@ -14,7 +14,8 @@ import pytest
 
 from kt_kernel import __version__, _ext
 from kt_kernel.collect_env import collect, format_report, main
-from kt_kernel.config import _CHECKS, ENVIRONMENT, environment_table
+from kt_kernel.config import ENVIRONMENT, environment_table
+from kt_kernel.environment import CHECKS
 from kt_kernel.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def test_more_threads_than_cpus_are_commented_on(monkeypatch: pytest.MonkeyPatch
 
 def test_every_value_is_checked() -> None:
     free = {variable.name for variable in ENVIRONMENT if variable.is_path or "build time only" in variable.effect}
-    assert {variable.name for variable in ENVIRONMENT} - free <= set(_CHECKS)
+    assert {variable.name for variable in ENVIRONMENT} - free <= set(CHECKS)
 
 
 def test_every_variable_of_the_table_is_read_where_it_says() -> None:

@@ -185,7 +185,7 @@ def test_imports_are_seen_inside_functions() -> None:
 PYTHON_LAYERS = (
     ("_ext", "_build_info", "methods"),
     ("config", "deferral", "device_experts", "files", "progress", "proxy"),
-    ("ops", "checkpoint", "device_stream", "packed_folder", "placement"),
+    ("ops", "checkpoint", "device_stream", "environment", "packed_folder", "placement"),
     ("experts", "layer_chain", "packed_writer", "wrapper_checks"),
     ("loader", "converter", "expert_export"),
     ("wrapper", "collect_env", "convert_command", "bench"),

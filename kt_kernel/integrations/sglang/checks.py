@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from kt_kernel.checkpoint import ModelSizes, model_sizes, read_config
-from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus, wrong_values
+from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
+from kt_kernel.environment import wrong_values
 from kt_kernel.experts import packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import cuda_flags, flags, memory
 from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
