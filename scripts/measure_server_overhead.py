@@ -48,7 +48,7 @@ def layer_seconds(method: str, shape: str) -> float:
     done = subprocess.run([*command, "--tokens", "1", "--rounds", "100", "--json"], capture_output=True, text=True)
     if not done.stdout:
         raise SystemExit(f"the layer bench failed: {done.stderr}")
-    return json.loads(done.stdout)["rows"][0]["us"] * 1e-6
+    return json.loads(done.stdout)["tables"][0]["rows"][0]["us"] * 1e-6
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kt_kernel.bench import kernels, layer, predict, serving
+from kt_kernel.bench import kernels, layer, mixed, predict, serving
 
 
 def main() -> int:
@@ -15,6 +15,7 @@ def main() -> int:
     benches = {
         "kernels": (kernels, "every GEMM kernel beside the limits of one core"),
         "layer": (layer, "one MoE layer beside the machine's limits"),
+        "mixed": (mixed, "what a token in decode waits for beside a long prompt"),
         "serving": (serving, "what the users of a running server get"),
         "predict": (predict, "tokens per second on machines that were not measured"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import statistics
 import subprocess
@@ -15,6 +16,8 @@ from kt_kernel import _ext
 MAX_DRIFT = 0.07
 # Exit code of such a run. Its result is printed anyway.
 EXIT_NOT_QUIET = 3
+# What a picture may be.
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def machine() -> str:
@@ -71,6 +74,18 @@ def spread(values: Sequence[float]) -> float:
     """p90 - p10."""
     ordered = sorted(values)
     return ordered[int(0.9 * (len(ordered) - 1))] - ordered[int(0.1 * (len(ordered) - 1))]
+
+
+def check_plot(file: Path | None) -> None:
+    """ValueError with one sentence where the picture of ``--plot`` could not be written; None: no picture."""
+    if file is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
+    if file.suffix not in PICTURES:
+        raise ValueError(f"--plot is {file}; it must end in one of {', '.join(PICTURES)}.")
+    if not file.resolve().parent.is_dir():
+        raise ValueError(f"--plot is {file}, but there is no folder {file.resolve().parent}.")
 
 
 def positive_numbers(flag: str, text: str) -> list[int]:

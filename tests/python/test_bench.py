@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
-from kt_kernel.bench import conditions, kernels, layer
+from kt_kernel.bench import conditions, kernels, layer, mixed
 from kt_kernel.bench.shapes import SHAPES, Shape
 
 
@@ -27,14 +31,41 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_summarize_takes_medians_of_ratios_within_a_round():
     shape = Shape(100, 10, 4, 2)
-    # (seconds, weight bytes, operations, round); reads differ by round, so the ratio must use its own round's
-    samples = [(1.0, 50.0, 30.0, 0), (2.0, 50.0, 30.0, 1), (4.0, 50.0, 30.0, 2)]
-    row = layer.summarize(8, samples, shape, reads=[100.0, 50.0, 25.0], peak=60.0)
+    # reads differ by round, so the ratio must use its own round's
+    samples = [layer.Sample(seconds, 50.0, 30.0, read) for seconds, read in ((1.0, 100.0), (2.0, 50.0), (4.0, 25.0))]
+    row = layer.summarize(8, samples, shape, peak=60.0)
     assert row.share_of_read == pytest.approx(0.5)
-    assert row.spread == pytest.approx(0.0)
     assert row.share_of_peak == pytest.approx(0.25)
+    assert row.share_of_limit == pytest.approx(0.5)
+    assert row.spread == pytest.approx(0.0)
     assert row.us == pytest.approx(2e6)
     assert row.rows_per_expert == pytest.approx(4.0)
+
+
+def test_the_speed_up_stands_beside_that_of_the_limit_that_binds():
+    one = {1: [layer.Sample(4.0, 100.0, 1.0, 50.0)], 64: [layer.Sample(8.0, 100.0, 80.0, 50.0)]}
+    two = {1: [layer.Sample(3.0, 100.0, 1.0, 60.0)], 64: [layer.Sample(4.0, 100.0, 80.0, 60.0)]}
+    found = layer.speedups([1, 2], [one, two], peaks=[10.0, 20.0])
+    assert [(row.tokens, row.beside, row.threads) for row in found] == [(1, 1, 2), (64, 1, 2)]
+    assert [row.speedup for row in found] == pytest.approx([4 / 3, 2.0])
+    assert [row.of_the_limit for row in found] == pytest.approx([60 / 50, 2.0])
+
+
+def test_experts_are_drawn_once_a_token_and_as_often_as_their_rank_says():
+    shape = Shape(64, 64, 32, 4)
+    counts = {}
+    for routing in layer.ROUTINGS:
+        ids = layer.draw_experts(shape, 4000, routing, torch.Generator().manual_seed(0))
+        assert ids.shape == (4000, 4) and all(len(set(row)) == 4 for row in ids[:200].tolist())
+        counts[routing] = ids.flatten().bincount(minlength=32).sort(descending=True).values.float()
+    # 500 times each; the standard deviation of a count is about 21
+    assert counts["uniform"].max() < 600 and counts["uniform"].min() > 400
+    # the first of a token: 1 / (1 + 1/2 + ... + 1/32) = 0.246 for the most likely; four draws make it more
+    assert 2000 < counts["zipf"][0] < 3400 and counts["zipf"][0] > 6 * counts["zipf"][-1]
+    one = Shape(64, 64, 32, 1)
+    ids = layer.draw_experts(one, 20000, "zipf", torch.Generator().manual_seed(0)).flatten().bincount(minlength=32)
+    shares = ids.sort(descending=True).values / 20000
+    assert shares[:3].tolist() == pytest.approx([0.246, 0.123, 0.082], abs=0.012)
 
 
 def test_shapes_are_cut_to_memory_but_not_below_top_k():
@@ -49,20 +80,129 @@ def test_short_run_checks_its_result_and_prints_json(method):
     # 3: the shared machine moved during the run; the figures are thrown away but still printed
     assert done.returncode in (0, 3), done.stderr
     result = json.loads(done.stdout)
-    assert [row["tokens"] for row in result["rows"]] == [1, 5]
-    assert all(row["us"] > 0 and row["share_of_read"] > 0 for row in result["rows"])
+    (table,) = result["tables"]
+    assert [row["tokens"] for row in table["rows"]] == [1, 5] and not result["speedups"]
+    assert all(row["us"] > 0 and row["share_of_read"] > 0 for row in table["rows"])
     dtype = {"AMXINT8": "int8", "AMXINT4": "int4", "BF16": "bf16"}[method]
     assert 0 < result["relative_error"] < layer.CHECK_BOUND[dtype]
     assert result["command"].startswith(f"python -m kt_kernel.bench layer --method {method}")
 
 
-def test_bad_arguments_are_one_sentence():
-    done = run_bench("--tokens", "1,zero")
+def test_a_run_of_several_thread_counts_prints_a_table_each_and_the_forced_isa(monkeypatch):
+    monkeypatch.setenv("KT_FORCE_ISA", "avx2")
+    flags = ["--method", "AMXINT4", "--group-size", "64", "--routing", "zipf", "--shape", "demo"]
+    done = run_bench(*flags, "--tokens", "1,9", "--threads", "1,2", "--rounds", "2")
+    assert done.returncode in (0, 3), done.stderr
+    assert "; KT_FORCE_ISA avx2; " in done.stdout and "zipf routing; int4 on avx2:" in done.stdout
+    assert "`KT_FORCE_ISA=avx2 python -m kt_kernel.bench layer --method AMXINT4 --shape demo " in done.stdout
+    assert "--threads 1,2 --group-size 64 --routing zipf --rounds 2`" in done.stdout
+    assert re.findall(r"^(\d) threads on 1 nodes; limits", done.stdout, re.MULTILINE) == ["1", "2"]
+    assert re.findall(r"^\| 2 beside 1 \| (\d) \|", done.stdout, re.MULTILINE) == ["1", "9"]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--tokens", "1,zero"], "--tokens 1,zero must be positive numbers, comma separated."),
+        (["--rounds", "0"], "--rounds 0 must be positive numbers, comma separated."),
+        (["--threads", "1,-1"], "--threads 1,-1 must be positive numbers, comma separated."),
+        (
+            ["--group-size", "32"],
+            "group size 32 was given, but AMXINT8 has no groups; only AMXINT4 takes a group size.",
+        ),
+    ],
+)
+def test_bad_arguments_are_one_sentence(flags, sentence):
+    done = run_bench(*flags)
     assert done.returncode == 2
-    assert done.stderr.strip() == "--tokens 1,zero and --rounds 40 must be positive numbers."
-    done = run_bench("--threads", "-1")
-    assert done.returncode == 2
-    assert done.stderr.startswith("cpuinfer_threads is -1; it must be") and done.stderr.count("\n") == 1
+    assert done.stderr == f"{sentence}\n"
+
+
+def test_a_layer_that_differs_between_thread_counts_is_a_wrong_result(monkeypatch):
+    shape = Shape(64, 32, 4, 2)
+    engines = [SimpleNamespace(num_threads=1), SimpleNamespace(num_threads=2)]
+    outputs = iter([torch.zeros(4, 64), torch.ones(4, 64)])
+    monkeypatch.setattr(layer, "load_layer", lambda *_: SimpleNamespace(layer=SimpleNamespace(handle=0)))
+    monkeypatch.setattr(layer.ops, "moe_forward", lambda *_: next(outputs))
+    with pytest.raises(layer.WrongResultError, match="^wrong result: 2 threads give other bits than 1.$"):
+        layer.build_layers(shape, "int8_n64k4_v1", engines)
+    monkeypatch.setattr(layer.ops, "moe_forward", lambda *_: torch.zeros(4, 64))
+    with pytest.raises(layer.WrongResultError, match="^wrong result: relative error 1.000 is above 0.04.$"):
+        layer.build_layers(shape, "int8_n64k4_v1", engines)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    layer.add_arguments(parser)
+    for installed, name, sentence in (
+        (None, "a.png", "--plot needs matplotlib, which is not installed: pip install matplotlib."),
+        ("yes", "a.gif", f"--plot is {tmp_path}/a.gif; it must end in one of .png, .svg, .pdf."),
+        ("yes", "b/a.png", f"--plot is {tmp_path}/b/a.png, but there is no folder {tmp_path}/b."),
+    ):
+        monkeypatch.setattr(conditions.importlib.util, "find_spec", lambda _, installed=installed: installed)
+        monkeypatch.setattr(layer, "build_layers", lambda *_: pytest.fail("a layer was built"))
+        assert layer.main(parser.parse_args(["--plot", str(tmp_path / name)])) == 2
+        assert capsys.readouterr().err == f"{sentence}\n"
+
+
+def test_the_picture_has_a_line_for_each_thread_count(monkeypatch, tmp_path):
+    drawn = []
+
+    class Axes:
+        def plot(self, rows, shares, marker, label):
+            drawn.append((label, rows, shares))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    class Figure:
+        def __init__(self, **_): ...
+
+        def subplots(self, *_):
+            return Axes()
+
+        def savefig(self, file, dpi):
+            file.write_text("picture")
+
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    figures = ModuleType("matplotlib.figure")
+    figures.Figure = Figure
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", figures)
+    rows = [{"rows_per_expert": 0.5, "share_of_limit": 0.9}, {"rows_per_expert": 64, "share_of_limit": 0.8}]
+    tables = [{"threads": 1, "rows": rows}, {"threads": 2, "rows": rows[:1]}]
+    result = {"tables": tables, "method": "BF16", "shape": "demo", "routing": "zipf"}
+    layer.plot(result, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == "picture"
+    assert drawn == [("1 threads", [0.5, 64], [0.9, 0.8]), ("2 threads", [0.5], [0.9])]
+
+
+def test_short_run_of_a_token_beside_a_prompt():
+    command = [sys.executable, "-m", "kt_kernel.bench", "mixed", "--shape", "demo", "--chunks", "8,64", "--rounds", "2"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 3), done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["chunk"] for row in rows] == [8, 64]
+    assert all(row[name] > 0 for row in rows for name in ("alone_us", "chunk_us", "batched_us", "behind_us"))
+
+
+def test_a_token_behind_a_prompt_is_timed_until_its_own_result(monkeypatch):
+    calls, clock = [], itertools.count()
+    monkeypatch.setattr(mixed.ops, "submit", lambda hidden, ids, *_: calls.append(("submit", hidden)) or hidden)
+    monkeypatch.setattr(mixed.ops, "sync", lambda ticket, hidden: calls.append(("sync", ticket)))
+    monkeypatch.setattr(mixed.time, "perf_counter", lambda: calls.append("clock") or float(next(clock)))
+    experts = SimpleNamespace(layer=SimpleNamespace(handle=1))
+    ids = torch.zeros(1, 2)
+    assert mixed.seconds_behind(experts, ("chunk", ids), ("token", ids)) == 1.0
+    assert calls == [
+        ("submit", "chunk"),
+        "clock",
+        ("submit", "token"),
+        ("sync", "token"),
+        "clock",
+        ("sync", "chunk"),
+    ]
+    row = mixed.summarize(4, [(1e-6, 8e-6, 9e-6, 10e-6)] * 3)
+    assert (row.alone_us, row.chunk_us_per_token, row.batched_us, row.behind_us) == pytest.approx((1, 2, 9, 10))
 
 
 def test_the_commit_is_empty_without_git(monkeypatch, tmp_path):
