@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import statistics
 import subprocess
@@ -33,6 +34,12 @@ def commit() -> str:
     except OSError:  # no git on this machine
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def environment() -> str:
+    """What chooses kernels by hand, as it stands before a command: ``"KT_FORCE_ISA=avx2 "``, or ""."""
+    set_here = {name: os.environ.get(name) for name in ("KT_FORCE_ISA", "KT_GEMM")}
+    return "".join(f"{name}={value} " for name, value in set_here.items() if value)
 
 
 def last_level_cache_bytes() -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -118,9 +117,8 @@ def main(args: argparse.Namespace) -> int:
     result = {
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"python -m kt_kernel.bench kernels --filter '{args.filter}' --m {args.m} --k {args.k} "
-        f"--rounds {args.rounds} --buffer-mb {buffer_mb}",
-        "force_isa": os.environ.get("KT_FORCE_ISA", ""),
+        "command": f"{conditions.environment()}python -m kt_kernel.bench kernels --filter '{args.filter}' --m {args.m} "
+        f"--k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}",
         "last_level_cache_mb": cache_mb,
         "drift": drift,
         "rows": [asdict(row) for row in rows],
@@ -204,9 +202,8 @@ def summarize(format_name: str, kernel: str, m: int, taken: Samples, panel_bytes
 
 def table(result: dict) -> str:
     """The result as a table in Markdown."""
-    forced = f"; KT_FORCE_ISA={result['force_isa']}" if result["force_isa"] else ""
     lines = [
-        f"{result['machine']}; commit {result['commit'] or 'unknown'}{forced}",
+        f"{result['machine']}; commit {result['commit'] or 'unknown'}",
         f"`{result['command']}`",
         f"one thread, CPU time; the calibration moved by {100 * result['drift']:.1f} %",
         "",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -303,7 +302,6 @@ def describe(args: argparse.Namespace, shape: Shape, layers: list[CpuExperts], e
     flags = [f"--method {args.method}", f"--shape {args.shape}", f"--tokens {args.tokens}"]
     flags += [f"--threads {','.join(str(experts.engine.num_threads) for experts in layers)}"]
     flags += [f"--group-size {args.group_size}"] if args.group_size is not None else []
-    forced = os.environ.get("KT_FORCE_ISA", "")
     return {
         "method": args.method,
         "layout": layers[0].layout,
@@ -311,11 +309,11 @@ def describe(args: argparse.Namespace, shape: Shape, layers: list[CpuExperts], e
         **asdict(shape),
         "routing": args.routing,
         "kernels": layers[0].layer.explain,
-        "force_isa": forced,
+        "environment": conditions.environment().strip(),
         "relative_error": error,
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"{f'KT_FORCE_ISA={forced} ' if forced else ''}python -m kt_kernel.bench layer {' '.join(flags)} "
+        "command": f"{conditions.environment()}python -m kt_kernel.bench layer {' '.join(flags)} "
         f"--routing {args.routing} --rounds {args.rounds}",
     }
 
@@ -327,8 +325,8 @@ def print_tables(result: dict) -> None:
     print(
         f"{result['method']}, {result['shape']} (hidden {result['hidden_size']}, intermediate "
         f"{result['intermediate_size']}, {result['num_experts']} experts, top-{result['top_k']}), {result['routing']} "
-        f"routing; {result['kernels']}; KT_FORCE_ISA {result['force_isa'] or 'not set'}; relative error "
-        f"{result['relative_error']:.4f}; the calibration moved by {100 * result['drift']:.1f} %"
+        f"routing; {result['kernels']}; {result['environment'] or 'KT_FORCE_ISA not set'}; "
+        f"relative error {result['relative_error']:.4f}; the calibration moved by {100 * result['drift']:.1f} %"
     )
     for table in result["tables"]:
         print(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -79,12 +78,11 @@ def main(args: argparse.Namespace) -> int:
         "shape": args.shape,
         "threads": engine.num_threads,
         "kernels": experts.layer.explain,
-        "force_isa": os.environ.get("KT_FORCE_ISA", ""),
         "relative_error": error,
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"python -m kt_kernel.bench mixed --method {args.method} --shape {args.shape} "
-        f"--chunks {args.chunks} --threads {engine.num_threads} --rounds {args.rounds}"
+        "command": f"{conditions.environment()}python -m kt_kernel.bench mixed --method {args.method} "
+        f"--shape {args.shape} --chunks {args.chunks} --threads {engine.num_threads} --rounds {args.rounds}"
         + (f" --group-size {args.group_size}" if args.group_size is not None else ""),
     }
     print(json.dumps(result, indent=2) if args.json else table(result))
@@ -141,7 +139,7 @@ def summarize(chunk: int, samples: list[tuple[float, float, float, float]]) -> R
 def table(result: dict) -> str:
     """The result as a table in Markdown."""
     lines = [
-        f"{result['machine']}; commit {result['commit'] or 'unknown'}; KT_FORCE_ISA {result['force_isa'] or 'not set'}",
+        f"{result['machine']}; commit {result['commit'] or 'unknown'}",
         f"`{result['command']}`",
         f"one layer of {result['shape']}, {result['method']}, {result['threads']} threads; {result['kernels']}; read "
         f"{result['read_gb_per_s']:.1f} GB/s, peak {result['peak_gops']:.0f} GOPS; the calibration moved by "

@@ -93,7 +93,7 @@ def test_a_run_of_several_thread_counts_prints_a_table_each_and_the_forced_isa(m
     flags = ["--method", "AMXINT4", "--group-size", "64", "--routing", "zipf", "--shape", "demo"]
     done = run_bench(*flags, "--tokens", "1,9", "--threads", "1,2", "--rounds", "2")
     assert done.returncode in (0, 3), done.stderr
-    assert "; KT_FORCE_ISA avx2; " in done.stdout and "zipf routing; int4 on avx2:" in done.stdout
+    assert "; KT_FORCE_ISA=avx2; " in done.stdout and "zipf routing; int4 on avx2:" in done.stdout
     assert "`KT_FORCE_ISA=avx2 python -m kt_kernel.bench layer --method AMXINT4 --shape demo " in done.stdout
     assert "--threads 1,2 --group-size 64 --routing zipf --rounds 2`" in done.stdout
     assert re.findall(r"^(\d) threads on 1 nodes; limits", done.stdout, re.MULTILINE) == ["1", "2"]
