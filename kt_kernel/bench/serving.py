@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import importlib.util
 import json
 import os
 import shlex
@@ -29,12 +28,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kt_kernel.bench.conditions import commit, machine, positive_numbers
+from kt_kernel.bench.conditions import PICTURES, check_plot, commit, machine, positive_numbers
 from kt_kernel.proxy import bypass_proxy_for_own_traffic
 
 CLIENT = "kt_kernel.integrations.sglang.bench_serving"
 ANSWER_SECONDS = 30
-PICTURES = (".png", ".svg", ".pdf")
 # What is kept of /server_info; the rest has keys and passwords.
 SERVER_FIELDS = ("version", "model_path", "kt_method", "max_running_requests", "max_total_num_tokens")
 
@@ -168,12 +166,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
             "--requests is 1 and the first of it is not counted behind a shared prefix, so one user has none; use "
             "--requests 2, or --shared-tokens 0."
         )
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
-    if args.plot and args.plot.suffix not in PICTURES:
-        raise ValueError(f"--plot is {args.plot}; it must end in one of {', '.join(PICTURES)}.")
-    if args.plot and not args.plot.resolve().parent.is_dir():
-        raise ValueError(f"--plot is {args.plot}, but there is no folder {args.plot.resolve().parent}.")
+    check_plot(args.plot)
     args.url = args.url.rstrip("/")
     if urlsplit(args.url).scheme not in ("http", "https") or not urlsplit(args.url).hostname:
         raise ValueError(f"--url is {args.url}; it must be like http://127.0.0.1:30000.")

@@ -141,14 +141,14 @@ def test_impossible_flags_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(serving, "fetch", lambda _url: pytest.fail("the server was asked"))
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _name: "matplotlib is there")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: "matplotlib is there")
     assert refusal(capsys, *flags).startswith(message)
 
 
 def test_a_plot_without_matplotlib_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     found = refusal(capsys, "--plot", str(tmp_path / "a.png"))
     assert found == "--plot needs matplotlib, which is not installed: pip install matplotlib."
 
