@@ -78,6 +78,7 @@ setup(
     packages=[
         "kt_kernel",
         "kt_kernel.bench",
+        "kt_kernel.bench.peers",
         "kt_kernel.device_stream",
         "kt_kernel.integrations",
         "kt_kernel.integrations.sglang",

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from kt_kernel.bench import kernels, layer, mixed, predict, serving
+from kt_kernel.bench.peers import command as peers
 
 
 def main() -> int:
@@ -16,6 +17,7 @@ def main() -> int:
         "kernels": (kernels, "every GEMM kernel beside the limits of one core"),
         "layer": (layer, "one MoE layer beside the machine's limits"),
         "mixed": (mixed, "what a token in decode waits for beside a long prompt"),
+        "peers": (peers, "our MoE layer beside other engines, interleaved"),
         "serving": (serving, "what the users of a running server get"),
         "predict": (predict, "tokens per second on machines that were not measured"),
     }
