@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kt_kernel.bench.peers import (
     layer_data,
     reference,
     results,
+    roofline,
     rounds,
     session,
     table,
@@ -318,6 +320,43 @@ def test_the_best_format_may_have_more_bits():
     assert found == [(4, "D", 4.5), (16, "D", 7.0)]
 
 
+def test_the_picture_has_a_line_for_each_format(monkeypatch, tmp_path):
+    drawn = []
+
+    class Axes:
+        def plot(self, x, y, *, label, **_):
+            drawn.append((label, x, y))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    class Figure:
+        def __init__(self, **_): ...
+
+        def subplots(self, rows, columns, *, squeeze):
+            return [[Axes() for _ in range(columns)] for _ in range(rows)]
+
+        def savefig(self, file, dpi):
+            file.write_text("picture")
+
+    for name, content in (("matplotlib", {}), ("matplotlib.figure", {"Figure": Figure})):
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    row = {
+        "system": "ours",
+        "title": "kt_kernel",
+        "format": "A",
+        "bits": 4,
+        "tokens_per_expert": 4.0,
+        "share_of_limit": 0.8,
+    }
+    rows = [row, {**row, "tokens_per_expert": 1.0, "share_of_limit": 0.9}, {**row, "system": "p", "title": "P"}]
+    roofline.draw({"runs": [{"threads": threads, "rows": rows} for threads in (1, 2)]}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "picture"
+    assert drawn == [("kt_kernel A", [1.0, 4.0], [0.9, 0.8]), ("P A", [4.0], [0.8])] * 2
+
+
 # The command line.
 
 
@@ -351,6 +390,7 @@ def test_the_command_measures_torch_and_names_what_is_not_there(tmp_path):
         (["--bits", "5"], "--bits 5 must be some of 4, 8 and 16."),
         (["--threads", "0"], "--threads 0 must be positive numbers"),
         (["--rounds", "0"], "--rounds 0 must be positive numbers"),
+        (["--plot", "a.gif"], "--plot "),
         (["--shape", "kimi-k2"], "these systems need about"),
     ],
 )

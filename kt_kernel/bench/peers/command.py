@@ -8,7 +8,6 @@ why.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -65,8 +64,7 @@ def main(args: argparse.Namespace) -> int:
         conditions.positive_numbers("--rounds", str(args.rounds))
         if not set(bits) <= {4, 8, 16}:
             raise ValueError(f"--bits {args.bits} must be some of 4, 8 and 16.")
-        if args.plot and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
+        conditions.check_plot(args.plot)
         shape = SHAPES[args.shape]
         sizes = layer_data.Sizes(
             hidden_size=shape.hidden_size,
@@ -149,8 +147,9 @@ def describe(args: argparse.Namespace, sizes: layer_data.Sizes) -> dict[str, Any
     return {
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"{conditions.environment()}python -m kt_kernel.bench peers --peers {args.peers} --shape {args.shape} --bits {args.bits} "
-        f"--tokens {args.tokens} --threads {args.threads} --rounds {args.rounds}",
+        "command": f"{conditions.environment()}python -m kt_kernel.bench peers --peers {args.peers} "
+        f"--shape {args.shape} --bits {args.bits} --tokens {args.tokens} --threads {args.threads} "
+        f"--rounds {args.rounds}",
         "shape": args.shape,
         "rounds": args.rounds,
         **asdict(sizes),
