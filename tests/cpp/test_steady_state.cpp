@@ -200,7 +200,8 @@ std::string forwards_without_system_calls(const char* layout, bool plant_one) {
         steady.pool().run({phase});
       }
     }
-    _exit(0);  // the destructors make system calls
+    syscall(SYS_exit_group, 0);  // destructors, and what a sanitizer does in _exit(), make others
+    return "not ended";
   });
 }
 
