@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--peers", default=",".join(PEERS), help="which ones, comma separated")
     parser.add_argument(
-        "--install-peers", nargs="*", metavar="NAME", choices=list(PEERS), help="install these first (all by default)"
+        "--install-peers",
+        nargs="*",
+        metavar="NAME",
+        choices=list(PEERS),
+        help="install these first, if they are not there (all without names)",
     )
     parser.add_argument("--peers-dir", type=Path, help="where they are installed; default ~/.cache/kt_kernel/peers")
     parser.add_argument("--shape", default="qwen3-30b", choices=list(SHAPES))
@@ -124,6 +128,8 @@ def install_asked(names: Sequence[str] | None, folder: Path) -> dict[str, str]:
     """Install peers; returns why those that could not be installed could not."""
     refused = {}
     for name in [] if names is None else names or PEERS:
+        if install.interpreter(PEERS[name], folder) is not None:
+            continue
         print(f"installing {name} in {folder}", file=sys.stderr)
         try:
             install.install(PEERS[name], folder)

@@ -46,7 +46,7 @@ def install(system: System, folder: Path) -> None:
     RuntimeError
         A step failed; the message names the step and the log with its output.
     """
-    if not system.release or interpreter(system, folder) is not None:
+    if interpreter(system, folder) is not None:
         return
     environment = environment_of(system, folder)
     shutil.rmtree(environment, ignore_errors=True)
