@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 
@@ -15,6 +16,16 @@ logger = logging.getLogger("kt_kernel")
 
 _engines: dict[EngineConfig, _ext.Engine] = {}
 _engines_lock = threading.Lock()
+
+
+def _forget_engines() -> None:
+    """In a fork: the engines have no threads there, and a thread that is not there may hold the lock."""
+    global _engines_lock
+    _engines.clear()
+    _engines_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_engines)
 
 
 def get_engine(config: EngineConfig) -> _ext.Engine:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -242,3 +244,22 @@ def test_layout_sizes_are_those_of_packed_tensors() -> None:
     for layout in LAYOUTS:
         packed, _ = OPS.quantize_pack(torch.zeros(70, 96), layout)
         assert _ext.layout_info(layout, 70, 96)["matrix_bytes"] == packed.numel()
+
+
+FORK = """
+import os, sys
+from kt_kernel.config import EngineConfig
+from kt_kernel.experts import get_engine
+config = EngineConfig.resolve(1)
+parents = get_engine(config)
+child = os.fork()
+if child == 0:
+    engine = get_engine(config)
+    os._exit(0 if engine is not parents and engine.probe_dispatch() >= 0 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or get_engine(config) is not parents)
+"""
+
+
+def test_a_fork_gets_an_engine_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
