@@ -25,7 +25,8 @@ def _check_driver() -> None:
 def _check_number(name: str, high: int, *, whole: bool, kind: str) -> None:
     value = os.environ[name]
     try:
-        number = int(value) if whole else float(value)
+        # Python reads spaces, underscores and digits of other scripts as well; C++, which reads it again, does not
+        number = float(value) if set(value) <= set("0123456789" if whole else "0123456789.eE+-") else -1
     except ValueError:
         number = -1
     if not 0 <= number <= high:
