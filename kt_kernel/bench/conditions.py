@@ -28,12 +28,15 @@ def machine() -> str:
 
 def commit() -> str:
     """Commit of the source tree this package runs from, or "" (installed from a wheel, or there is no git)."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    file = Path(__file__)
+    git = ["git", "-C", str(file.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git on this machine
+        # an environment in a clone is of no commit, although git finds one above it
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
+        done = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or none for this file
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()
 
 
 def environment() -> str:

@@ -1,4 +1,4 @@
-"""``python -m kt_kernel.bench kernels``: every GEMM row of kernels.inc beside what one core reads and multiplies.
+"""``python -m kt_kernel.bench kernels``: every GEMM row that may run here, beside what one core reads and multiplies.
 
 One thread, its CPU time. Every round measures each row at each m once, next to its two limits:
 

@@ -117,6 +117,9 @@ def main(args: argparse.Namespace) -> int:
     except WrongResultError as wrong:
         print(wrong, file=sys.stderr)
         return 1
+    except RuntimeError as refused:  # kernels that KT_GEMM asks for and this CPU does not have
+        print(refused, file=sys.stderr)
+        return 2
     result = describe(args, shape, layers, error) | measure(layers, shape, token_counts, args.routing, args.rounds)
     if args.json:
         print(json.dumps(result, indent=2))

@@ -72,6 +72,9 @@ def main(args: argparse.Namespace) -> int:
     except layer.WrongResultError as wrong:
         print(wrong, file=sys.stderr)
         return 1
+    except RuntimeError as refused:  # kernels that KT_GEMM asks for and this CPU does not have
+        print(refused, file=sys.stderr)
+        return 2
     result = measure(experts, shape, chunks, args.rounds)
     result |= {
         "method": args.method,

@@ -118,6 +118,16 @@ def test_bad_arguments_are_one_sentence(flags, sentence):
     assert done.stderr == f"{sentence}\n"
 
 
+@pytest.mark.parametrize("bench", ["layer", "mixed"])
+def test_kernels_that_cannot_be_had_are_one_sentence(monkeypatch, bench):
+    monkeypatch.setenv("KT_GEMM", "onednn")
+    monkeypatch.setenv("KT_FORCE_ISA", "avx2")
+    command = [sys.executable, "-m", "kt_kernel.bench", bench, "--shape", "demo", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.fullmatch('KT_GEMM="onednn" asks for .*\n', done.stderr)
+
+
 def test_a_layer_that_differs_between_thread_counts_is_a_wrong_result(monkeypatch):
     shape = Shape(64, 32, 4, 2)
     engines = [SimpleNamespace(num_threads=1), SimpleNamespace(num_threads=2)]
@@ -207,6 +217,23 @@ def test_a_token_behind_a_prompt_is_timed_until_its_own_result(monkeypatch):
 
 def test_the_commit_is_empty_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert conditions.commit() == ""
+
+
+def test_the_commit_is_empty_for_an_installed_package_inside_a_clone(monkeypatch, tmp_path):
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    for folder in ("clone", ".venv"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "conditions.py").touch()
+    git("init")
+    git("add", "clone")
+    git("commit", "-m", "a clone with an environment in it")
+    monkeypatch.setattr(conditions, "__file__", str(tmp_path / "clone" / "conditions.py"))
+    assert conditions.commit()
+    monkeypatch.setattr(conditions, "__file__", str(tmp_path / ".venv" / "conditions.py"))
     assert conditions.commit() == ""
 
 
