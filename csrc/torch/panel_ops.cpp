@@ -27,6 +27,10 @@ void check_type(const at::Tensor& tensor, at::ScalarType type, const char* name)
                                               << "; it must be " << c10::toString(type) << ".");
 }
 
+void check_contiguous(const at::Tensor& tensor, const char* name) {
+  KT_CHECK(tensor.is_contiguous(), name << " has strides; it must be contiguous.");
+}
+
 // c[i, j] = sum_k a[row(i), k] * w[j, k], scaled, as kernel.h has it: a [rows, k] and c [m, 64]
 // with columns side by side, row_idx [m] int32, a_scale [rows] fp32 (int8 only), panel
 // [panel_bytes(k)].
@@ -53,6 +57,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   check_shape(c, {m, kPanelColumns}, "c");
   KT_CHECK(c.stride(1) == 1, "c must have its columns side by side.");
   check_shape(panel, {layout.panel_bytes(k)}, "panel");
+  check_contiguous(panel, "panel");
   for (const at::Tensor& tensor : {a, panel}) {
     KT_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 == 0,
              "a and panel must begin at a multiple of 64 bytes.");
@@ -64,6 +69,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   if (row_idx.has_value()) {
     check_type(*row_idx, at::kInt, "row_idx");
     check_shape(*row_idx, {m}, "row_idx");
+    check_contiguous(*row_idx, "row_idx");
     KT_CHECK(m == 0 || (row_idx->min().item<int>() >= 0 && row_idx->max().item<int>() < a.size(0)),
              "row_idx names rows outside 0 to " << a.size(0) - 1 << ".");
     args.row_idx = row_idx->const_data_ptr<int32_t>();
@@ -73,6 +79,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
     KT_CHECK(a_scale.has_value(), kernel.name << " needs a_scale.");
     check_type(*a_scale, at::kFloat, "a_scale");
     check_shape(*a_scale, {a.size(0)}, "a_scale");
+    check_contiguous(*a_scale, "a_scale");
     args.a_scale = a_scale->const_data_ptr<float>();
   }
   args.panel = panel.const_data_ptr<uint8_t>();

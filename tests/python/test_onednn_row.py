@@ -181,7 +181,10 @@ def test_what_multiply_panel_refuses() -> None:
         (1, None, None),
         (2, None, "needs a_scale"),
         (2, problem.a_scale[1:], "a_scale has shape"),
+        (1, problem.row_idx.repeat(2)[::2], "row_idx has strides"),
+        (2, problem.a_scale.repeat(2)[::2], "a_scale has strides"),
         (3, problem.panel[64:], "panel has shape"),
+        (3, problem.panel.repeat_interleave(2)[::2], "panel has strides"),
         (4, torch.zeros(3, 32), "c has shape"),
         (4, torch.zeros(64, 3).T, "columns side by side"),
     ]:
