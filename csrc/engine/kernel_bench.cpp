@@ -43,8 +43,6 @@ int8_t random_code(std::mt19937& random, int limit) {
 
 }  // namespace
 
-int64_t last_level_cache_bytes() { return std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 0); }
-
 KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, int64_t buffer_bytes)
     : layout_(layout),
       k_(k),
@@ -125,7 +123,7 @@ const GemmKernel& KernelBench::find(const std::string& name) const {
   for (const GemmKernel* kernel : kernels_) {
     if (kernel->name == name) return *kernel;
   }
-  KT_CHECK(false, name << " is no row of kernels.inc for " << dtype_name(layout_.code)
+  KT_CHECK(false, name << " is no row of the kernel table for " << dtype_name(layout_.code)
                        << " that may run here.");
 }
 

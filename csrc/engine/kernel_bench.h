@@ -1,4 +1,4 @@
-// One row of kernels.inc at a time beside the machine's limits: what `python -m kt_kernel.bench
+// One row of the kernel table at a time beside the machine's limits: what `python -m kt_kernel.bench
 // kernels` prints.
 #pragma once
 

@@ -66,9 +66,9 @@ class MoeLayer {
 
   const MoeConfig& config() const { return store_.config(); }
   ExpertStore& store() { return store_; }
-  // Whether its kernels compile code for its sizes, on each thread that runs them:
-  // prepare_kernels() does so for the workers of the pool, its caller among them. Called as forward()
-  // is.
+  // Whether its kernels compile code for its sizes, on each thread that runs them.
+  // prepare_kernels() does so for the workers of the pool, its caller among them; called as
+  // forward() is.
   bool compiles_kernels() const;
   void prepare_kernels();
   void forward(const MoeInput& input);

@@ -31,8 +31,8 @@ class PolledWork {
 // Errors    an exception of a job is kept under its ticket and rethrown by wait(ticket), once;
 //           later jobs run.
 // Threads   submit() and wait() from any thread.
-// Lifetime  the destructor runs what is queued, then joins. In a fork() every call throws and the
-//           destructor does nothing (base/fork_guard.h).
+// Lifetime  the destructor runs what is queued, then joins. In a fork() whatever queues or waits
+//           throws and the destructor does nothing (base/fork_guard.h).
 class CpuStream {
  public:
   // thread_start runs first on the stream's thread (pinning, naming).

@@ -235,8 +235,8 @@ void DeviceSync::enqueue_submit(const DeviceInput& input, DeviceJob& job, CuStre
                "cuLaunchHostFunc");
     reached = Submitted::kPart;
   }
-  // also where the stream seems to be the same: one handle may mean several streams, in turn (it was
-  // destroyed) or at once (the per-thread default stream)
+  // also where the stream seems to be the same: one handle may mean several streams, in turn (it
+  // was destroyed) or at once (the per-thread default stream)
   if (!job.captured && slot.has_last_use) {
     check_cuda(driver_, driver_.stream_wait_event(stream, slot.last_use, 0), "cuStreamWaitEvent");
   }

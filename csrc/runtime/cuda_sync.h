@@ -108,8 +108,9 @@ struct DeviceTicket {
 //           called.
 // Lifetime  the destructor answers everything and waits up to 2 s for streams to drain; what a
 //           graph or a stream may still refer to is left alone for ever, with a thread that
-//           answers. `stream` outlives it. In a fork() every call throws and the destructor does
-//           nothing (base/fork_guard.h): CUDA cannot be used there either.
+//           answers. `stream` outlives it. In a fork() every call but way(), times() and
+//           num_arenas() throws and the destructor does nothing (base/fork_guard.h): CUDA cannot be
+//           used there either.
 class DeviceSync {
  public:
   DeviceSync(CpuStream& stream, int device, const DeviceSyncOptions& options);
