@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Add up the results of ``scripts/test.sh``: failures, skips with their reasons, and one closing line of totals.
 
-Reads the JUnit files ``ctest-*.xml`` and ``pytest-*.xml`` and the list ``failed_stages.tsv`` of a results folder. Exits 0
-only if nothing failed, something passed, and every skip is one of ``ALLOWED_SKIPS``. Needs only the standard library.
+Reads the JUnit files ``ctest-*.xml`` and ``pytest-*.xml`` and the list ``failed_stages.tsv`` of a results folder. Exits
+0 only if nothing failed, something passed, and every skip is one of ``ALLOWED_SKIPS``. Needs only the standard library.
 """
 
 from __future__ import annotations

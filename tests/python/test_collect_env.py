@@ -87,7 +87,7 @@ def test_values_that_cannot_be_used_are_commented_on(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["KT_SPIN_US", "KT_CUDA_SPIN_MS", "KT_SYNC_TIMEOUT"])
 @pytest.mark.parametrize("value", ["1_0", "10 ", "\u0663"])
-def test_numbers_that_only_python_reads_are_commented_on(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_numbers_only_python_reads_are_commented_on(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     assert f"{name}={value!r} is no number of " in format_report(collect())
     monkeypatch.setenv(name, "10")
