@@ -338,7 +338,8 @@ void bind_kernel_bench(py::module_& m) {
   const auto make = [](const std::string& layout, int64_t k, int max_rows, int64_t buffer_bytes) {
     return std::make_unique<KernelBench>(PackedLayout::parse(layout), k, max_rows, buffer_bytes);
   };
-  py::class_<KernelBench>(m, "KernelBench", "Rows of the kernel table for one layout, timed one by one.")
+  py::class_<KernelBench>(m, "KernelBench",
+                          "Rows of the kernel table for one layout, timed one by one.")
       .def(py::init(make), py::arg("layout"), py::arg("k"), py::arg("max_rows"),
            py::arg("buffer_bytes"), Release())
       .def_property_readonly("kernels", &KernelBench::kernels)
