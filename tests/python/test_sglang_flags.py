@@ -247,6 +247,19 @@ def test_variables_are_checked_before_weights_are_read(
         checks.check_flags(served(model))
 
 
+def test_kernels_that_the_method_cannot_have_are_refused_before_weights_are_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explain(weight_dtype: str) -> str:
+        if weight_dtype == "bf16":
+            raise RuntimeError('KT_GEMM="onednn" asks for what is not here.')
+        return ""
+
+    monkeypatch.setattr(_ext, "explain_kernels", explain)
+    with pytest.raises(ValueError, match="asks for what is not here"):
+        checks.check_flags(served(model))
+
+
 # --- flags of SGLang ---
 
 

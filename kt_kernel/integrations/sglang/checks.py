@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kt_kernel import _ext
 from kt_kernel.checkpoint import ModelSizes, model_sizes, read_config
 from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
 from kt_kernel.environment import wrong_values
@@ -229,12 +230,17 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
     Raises
     ------
     ValueError
-        Unknown method, nothing there that holds experts, or a folder converted for another method.
+        Unknown method, one whose kernels KT_GEMM asks for and this CPU does not have, nothing there that holds experts,
+        or a folder converted for another method.
     """
     try:
         method = get_method(method_name)
     except ValueError as error:
         raise ValueError(f"--kt-method: {error}") from None
+    try:
+        _ext.explain_kernels(method.weight_dtype)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     try:
         source = open_source(weight_path, method)
     except ValueError as error:
