@@ -1,5 +1,5 @@
-// One row of the kernel table at a time beside the machine's limits: what `python -m kt_kernel.bench
-// kernels` prints.
+// One row of the kernel table at a time beside the machine's limits: what
+// `python -m kt_kernel.bench kernels` prints.
 #pragma once
 
 #include <cstdint>
