@@ -1,6 +1,6 @@
 """A test double of a peer, run by kt_kernel/bench/peers/worker.py: computes the layer in numpy.
 
-``KT_DOUBLE_FAULT`` makes it wrong or broken: "load", "run" raise; "die" ends the process in a forward, "hang" never
+``PEER_DOUBLE_FAULT`` makes it wrong or broken: "load", "run" raise; "die" ends the process in a forward, "hang" never
 ends one; "weights" has others than the layer's and says so, "forward" computes with them and does not.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from peers import compare
 from peers.layer_data import Batch, LayerData, to_float
 
-FAULT = os.environ.get("KT_DOUBLE_FAULT", "")
+FAULT = os.environ.get("PEER_DOUBLE_FAULT", "")
 
 
 class System:

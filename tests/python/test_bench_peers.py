@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_start_is_named_with_its_last_line(data):
 
 
 def test_a_worker_that_hangs_is_given_up(data, monkeypatch):
-    monkeypatch.setenv("KT_DOUBLE_FAULT", "hang")
+    monkeypatch.setenv("PEER_DOUBLE_FAULT", "hang")
     worker = session.WorkerProcess(DOUBLE, Path(sys.executable), folder=data.folder, threads=1)
     monkeypatch.setattr(session, "ANSWER_SECONDS", 1)
     for num_forwards in (1, 20000):  # the second request is longer than a pipe holds
@@ -153,7 +153,7 @@ def test_the_bytes_of_a_forward_are_those_of_its_distinct_experts(data):
     [("load", "MemoryError: there is no room"), ("run", "the forward failed"), ("die", "ended with SIGABRT")],
 )
 def test_a_peer_that_fails_is_missing_with_its_reason(data, monkeypatch, fault, reason):
-    monkeypatch.setenv("KT_DOUBLE_FAULT", fault)
+    monkeypatch.setenv("PEER_DOUBLE_FAULT", fault)
     run = compare_with(data, DOUBLE)
     (entry,) = run.missing
     assert entry["system"] == "test double" and reason in entry["reason"]
@@ -176,7 +176,7 @@ def test_a_peer_that_is_not_installed_is_missing_with_the_command(data):
     ],
 )
 def test_a_wrong_result_is_found(data, monkeypatch, fault, sentence):
-    monkeypatch.setenv("KT_DOUBLE_FAULT", fault)
+    monkeypatch.setenv("PEER_DOUBLE_FAULT", fault)
     run = compare_with(data, DOUBLE, counts=(1,), num_rounds=1)
     assert len(run.wrong) == 1 and run.wrong[0].startswith(sentence)
     assert results.describe(run, SIZES, figures_hold=False)["wrong"] == run.wrong
