@@ -94,9 +94,9 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
     ),
     EnvironmentVariable(
         "KT_CUDA_SIGNAL_FOUND",
-        "set by the first process that probes",
+        "set by the first process that probes a device",
         "csrc/runtime/cuda_sync.cpp, kt_kernel/device_stream/__init__.py",
-        "what the probe found, for the processes it starts; not to be set by hand",
+        "what probes found, as `0=doorbell,1=hostfunc`, for the processes it starts; not to be set by hand",
     ),
     EnvironmentVariable(
         "KT_CUDA_SPIN_MS",

@@ -87,7 +87,6 @@ class KTMoEWrapper:
     """
 
     _capture_batch_sizes: list[int] = []
-    _expects_device = False
 
     def __init__(
         self,
@@ -158,6 +157,7 @@ class KTMoEWrapper:
         self._order: list[int] | None = None  # what load_weights was given, as long as weight_path can give more
         self._writer = ExpertWriter()
         self._checked_mask_version = -1
+        self._devices: set[int] = set()  # those that have met this layer
         self._announced = False
         if weight_path:
             from kt_kernel.loader import announce_layer
@@ -415,10 +415,11 @@ class KTMoEWrapper:
 
     def _streams(self, tensor: torch.Tensor, cuda_stream: int | None) -> tuple[int, int]:
         """Handles of the stream to enqueue on and of torch's current one."""
-        if not KTMoEWrapper._expects_device:
-            KTMoEWrapper._expects_device = True
-            device_stream.choose_signal(tensor.device.index or 0)
+        ordinal = tensor.device.index or 0
+        if ordinal not in self._devices:
+            device_stream.choose_signal(ordinal)
             _ext.expect_batch(max(self.chunked_prefill_size or 0, 0))
+            self._devices.add(ordinal)
         current = device_stream.current_stream(tensor, cuda_stream or 0)
         return (current if cuda_stream is None else int(cuda_stream)), current
 

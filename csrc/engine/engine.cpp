@@ -70,7 +70,8 @@ DeviceSync& Engine::device_sync(int device) {
   const std::lock_guard<std::mutex> lock(devices_mutex_);
   std::unique_ptr<DeviceSync>& sync = devices_[device];
   if (sync == nullptr) {
-    sync = std::make_unique<DeviceSync>(*stream_, device, DeviceSyncOptions::from_environment());
+    const DeviceSyncOptions options = DeviceSyncOptions::from_environment(device);
+    sync = std::make_unique<DeviceSync>(*stream_, device, options);
   }
   return *sync;
 }

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cstdlib>
 #include <limits>
+#include <sstream>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -42,6 +44,16 @@ int64_t thousandths(const char* name, int64_t unset) {
   return static_cast<int64_t>(value * 1000);
 }
 
+// Whether KT_CUDA_SIGNAL_FOUND says "doorbell" of a device.
+bool found_to_ring(int device) {
+  const std::string wanted = std::to_string(device) + "=doorbell";
+  std::istringstream entries(variable(kFoundVariable));
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    if (entry == wanted) return true;
+  }
+  return false;
+}
+
 CuAddress address(const void* device_pointer) {
   return static_cast<CuAddress>(reinterpret_cast<uintptr_t>(device_pointer));
 }
@@ -65,13 +77,14 @@ size_t hidden_bytes(const DeviceInput& input) {
 
 }  // namespace
 
-DeviceSyncOptions DeviceSyncOptions::from_environment() {
+DeviceSyncOptions DeviceSyncOptions::from_environment(int device) {
   DeviceSyncOptions options;
-  std::string way = variable(kSignalVariable);
+  const std::string way = variable(kSignalVariable);
   KT_CHECK(way.empty() || way == "doorbell" || way == "hostfunc",
            kSignalVariable << "='" << way << "' is no way to signal; use doorbell or hostfunc.");
-  if (way.empty()) way = variable(kFoundVariable);
-  options.way = way == "doorbell" ? SignalWay::kDoorbell : SignalWay::kHostFunction;
+  if (way == "doorbell" || (way.empty() && found_to_ring(device))) {
+    options.way = SignalWay::kDoorbell;
+  }
   options.spin_us = thousandths(kSpinVariable, options.spin_us);
   options.timeout_ms = thousandths(kTimeoutVariable, options.timeout_ms);
   return options;

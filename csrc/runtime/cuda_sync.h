@@ -66,10 +66,10 @@ struct DeviceSyncOptions {
   int64_t timeout_ms = 300'000;        // how long the device may wait for one job; 0: for ever
   const CudaDriver* driver = nullptr;  // null: cuda_driver()
 
-  // KT_CUDA_SIGNAL, else what KT_CUDA_SIGNAL_FOUND says, else host functions; KT_CUDA_SPIN_MS;
-  // KT_SYNC_TIMEOUT in seconds.
+  // For one device: KT_CUDA_SIGNAL, else what KT_CUDA_SIGNAL_FOUND says of it ("0=doorbell" or
+  // several with commas), else host functions; KT_CUDA_SPIN_MS; KT_SYNC_TIMEOUT in seconds.
   // Errors  kt::Error for a value that is none.
-  static DeviceSyncOptions from_environment();
+  static DeviceSyncOptions from_environment(int device);
 };
 
 // What a job reads, in the device's memory, contiguous.

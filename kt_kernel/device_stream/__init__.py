@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from functools import cache
 
 import torch
@@ -24,6 +25,7 @@ _CHOSEN = "KT_CUDA_SIGNAL"
 _FOUND = "KT_CUDA_SIGNAL_FOUND"
 # Importing torch on a busy host takes most of it; the probe itself gives up after 5 s.
 _PROBE_SECONDS = 120
+_choosing = threading.Lock()
 
 
 @cache
@@ -45,12 +47,20 @@ def current_stream(tensor: torch.Tensor, given: int) -> int:
 
 
 def choose_signal(ordinal: int) -> None:
-    """Find out, once in a tree of processes, whether doorbells work on a device; sets ``KT_CUDA_SIGNAL_FOUND``.
+    """Find out, once in a tree of processes, whether doorbells work on a device; adds it to ``KT_CUDA_SIGNAL_FOUND``.
 
     ``KT_CUDA_SIGNAL`` overrides. Whatever goes wrong in the probe means host functions, which always work.
     """
-    if os.environ.get(_CHOSEN) or os.environ.get(_FOUND) or driver()["reason"]:
+    if os.environ.get(_CHOSEN) or driver()["reason"]:
         return
+    with _choosing:
+        known = [entry for entry in os.environ.get(_FOUND, "").split(",") if entry]
+        if not any(entry.startswith(f"{ordinal}=") for entry in known):
+            os.environ[_FOUND] = ",".join([*known, f"{ordinal}={_probe(ordinal)}"])
+
+
+def _probe(ordinal: int) -> str:
+    """``doorbell`` or ``hostfunc``, with a line in the log."""
     command = [sys.executable, "-m", "kt_kernel.device_stream", str(ordinal)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
@@ -58,8 +68,10 @@ def choose_signal(ordinal: int) -> None:
         found, reason = ("doorbell", "") if lines[-1] == "doorbell" else ("hostfunc", lines[-1])
     except (OSError, subprocess.TimeoutExpired) as error:
         found, reason = "hostfunc", str(error)
-    os.environ[_FOUND] = found
     if found == "doorbell":
-        logger.info("the GPU's streams ring for the CPU experts through memory words (doorbell).")
+        logger.info("the streams of GPU %d ring for the CPU experts through memory words (doorbell).", ordinal)
     else:
-        logger.warning("the GPU's streams call host functions for the CPU experts; doorbells do not work: %s", reason)
+        logger.warning(
+            "the streams of GPU %d call host functions for the CPU experts; doorbells do not work: %s", ordinal, reason
+        )
+    return found

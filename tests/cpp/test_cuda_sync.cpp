@@ -381,20 +381,23 @@ TEST_F(StreamTest, DriversThatAreNotThereSayWhy) {
 }
 
 TEST(DeviceSyncOptions, AreReadFromTheEnvironment) {
-  setenv("KT_CUDA_SIGNAL_FOUND", "doorbell", 1);
+  setenv("KT_CUDA_SIGNAL_FOUND", "0=hostfunc,11=doorbell,2=doorbell", 1);
   setenv("KT_CUDA_SPIN_MS", "2.5", 1);
   setenv("KT_SYNC_TIMEOUT", "7", 1);
-  const DeviceSyncOptions options = DeviceSyncOptions::from_environment();
+  const DeviceSyncOptions options = DeviceSyncOptions::from_environment(2);
   EXPECT_EQ(options.way, SignalWay::kDoorbell);
+  for (const int other : {0, 1, 3}) {
+    EXPECT_EQ(DeviceSyncOptions::from_environment(other).way, SignalWay::kHostFunction);
+  }
   EXPECT_EQ(options.spin_us, 2500);
   EXPECT_EQ(options.timeout_ms, 7000);
   setenv("KT_CUDA_SIGNAL", "hostfunc", 1);
-  EXPECT_EQ(DeviceSyncOptions::from_environment().way, SignalWay::kHostFunction);
+  EXPECT_EQ(DeviceSyncOptions::from_environment(2).way, SignalWay::kHostFunction);
   setenv("KT_CUDA_SIGNAL", "smoke", 1);
-  EXPECT_THROW(DeviceSyncOptions::from_environment(), Error);
+  EXPECT_THROW(DeviceSyncOptions::from_environment(2), Error);
   unsetenv("KT_CUDA_SIGNAL");
   setenv("KT_SYNC_TIMEOUT", "soon", 1);
-  EXPECT_THROW(DeviceSyncOptions::from_environment(), Error);
+  EXPECT_THROW(DeviceSyncOptions::from_environment(2), Error);
   for (const char* name : {"KT_CUDA_SIGNAL_FOUND", "KT_CUDA_SPIN_MS", "KT_SYNC_TIMEOUT"}) {
     unsetenv(name);
   }

@@ -68,17 +68,19 @@ def test_the_command_line_of_the_probe(
 CHOOSE = """
     import os
     from kt_kernel import device_stream
-    device_stream.choose_signal(0)
+    for ordinal in (0, 1, 0):
+        device_stream.choose_signal(ordinal)
     print(os.environ.get("KT_CUDA_SIGNAL_FOUND"))
 """
 
 
 def test_the_answer_is_kept_for_child_processes(fake_cuda: Path) -> None:
-    assert program(CHOOSE, fake_cuda).strip() == "doorbell"
-    assert program(CHOOSE, fake_cuda, FAKE_CUDA_STREAM_MEMORY_OPERATIONS="0").strip() == "hostfunc"
+    """For each device its own; the double has only device 0, so doorbells do not work on device 1."""
+    assert program(CHOOSE, fake_cuda).strip() == "0=doorbell,1=hostfunc"
+    assert program(CHOOSE, fake_cuda, FAKE_CUDA_STREAM_MEMORY_OPERATIONS="0").strip() == "0=hostfunc,1=hostfunc"
     # found before, chosen by the user, or no driver: no probe
-    kept = program(CHOOSE, fake_cuda, FAKE_CUDA_STREAM_MEMORY_OPERATIONS="0", KT_CUDA_SIGNAL_FOUND="doorbell")
-    assert kept.strip() == "doorbell"
+    kept = {"KT_CUDA_SIGNAL_FOUND": "1=doorbell,0=doorbell"}
+    assert program(CHOOSE, fake_cuda, FAKE_CUDA_STREAM_MEMORY_OPERATIONS="0", **kept).strip() == "1=doorbell,0=doorbell"
     assert program(CHOOSE, fake_cuda, KT_CUDA_SIGNAL="hostfunc").strip() == "None"
     assert program(CHOOSE, "/nowhere/libcuda.so.1").strip() == "None"
 

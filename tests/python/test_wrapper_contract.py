@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from checkpoints import Experts, random_experts, write_checkpoint
 from reference import BOUNDS, moe_reference, relative_error
 from wrapper_cases import INNER, METHOD_NAMES, E, H, K, batch, loaded, make
 
-from kt_kernel import KTMoEWrapper
+from kt_kernel import KTMoEWrapper, _ext, device_stream
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +368,19 @@ def test_forward_before_load_is_refused() -> None:
 
 
 # --- the rest of the surface ---
+
+
+def test_each_device_is_probed_and_each_layer_names_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(device_stream, "choose_signal", lambda ordinal: calls.append(("probe", ordinal)))
+    monkeypatch.setattr(device_stream, "current_stream", lambda _tensor, given: given)
+    monkeypatch.setattr(_ext, "expect_batch", lambda num_tokens: calls.append(("batch", num_tokens)))
+    first, second = (make(chunked_prefill_size=size) for size in (64, 128))
+    for ordinal in (0, 1, 0, 1):
+        tensor = SimpleNamespace(device=torch.device("cuda", ordinal))
+        assert first._streams(tensor, 5) == (5, 5)  # type: ignore[arg-type]
+    second._streams(SimpleNamespace(device=torch.device("cuda", 1)), 5)  # type: ignore[arg-type]
+    assert calls == [("probe", 0), ("batch", 64), ("probe", 1), ("batch", 64), ("probe", 1), ("batch", 128)]
 
 
 def test_capture_batch_sizes_are_remembered() -> None:
