@@ -59,7 +59,7 @@ class Double(Gpu):
         self._device = device
 
     def put(self, tensor: Tensor) -> Tensor:
-        return tensor.clone()
+        return self._device.tensor(tensor)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         run()

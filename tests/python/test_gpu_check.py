@@ -1,10 +1,12 @@
-"""``tests/gpu/stock_sglang.py``: the one file of stock SGLang that a GPU machine gets, run on stand-ins of the rest.
+"""``tests/gpu`` without a GPU: its tests on the double, and the one file of stock SGLang that a GPU machine gets.
 
-The installed release's file, and those of the interpreters that ``KT_TEST_SGLANG_PYTHONS`` names.
+That file is the installed release's, and those of the interpreters that ``KT_TEST_SGLANG_PYTHONS`` names.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,17 @@ def test_the_carried_file_runs_on_the_stand_ins(python: str, tmp_path: Path) -> 
         [sys.executable, "-c", RUN, str(TESTS), str(file)], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("signal", ["doorbell", "hostfunc"])
+def test_the_gpu_tests_run_on_the_double(fake_cuda: Path, signal: str, tmp_path: Path) -> None:
+    """What ``scripts/gpu_check.sh --double`` does: the tests and the figures, which say nothing about hardware."""
+    variables = {"KT_CUDA_DRIVER": str(fake_cuda), "KT_CUDA_SIGNAL": signal, "KT_GPU_CHECK_FOLDER": str(tmp_path)}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    for command in (
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "gpu/test_gpu.py")],
+        [str(TESTS / "gpu/measure.py"), "--json", str(tmp_path / "figures.json")],
+    ):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads((tmp_path / "figures.json").read_text())["is_double"]
