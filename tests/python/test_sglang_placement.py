@@ -318,6 +318,19 @@ def test_a_record_has_every_count_in_order(tmp_path: Path) -> None:
     assert read_record(path)[0].sum(0).tolist() == [[4, 3, 3], [0, 0, 5]]
 
 
+def test_a_snapshot_that_was_just_taken_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "counts.pt"
+    counting = Counting(path)
+    counting.forward(0, 0)
+    for moved in ("monday.pt", "tuesday.pt"):
+        for _ in range(expert_counts.SNAPSHOT_FORWARDS):
+            counting.forward(0, 1)
+        counting.recorder.write()
+        assert read_record(path)[0].sum() == expert_counts.SNAPSHOT_FORWARDS
+        path.rename(tmp_path / moved)
+        counting.recorder.write()
+
+
 def test_a_long_record_gets_coarser_and_stays_whole(tmp_path: Path) -> None:
     path = tmp_path / "counts.pt"
     counting = Counting(path)

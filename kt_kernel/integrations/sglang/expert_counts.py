@@ -87,9 +87,9 @@ class Recorder:
                 return
             self._restart_if_moved()
             totals = self._totals()
-            if torch.equal(totals, self._counted if self._written is None else self._written):
-                return
             snapshots, _ = self._with_new(totals)
+            if not snapshots or (self._written is not None and torch.equal(totals, self._written)):
+                return
             buffer = io.BytesIO()
             torch.save({COUNTS_KEY: torch.stack(snapshots), GPU_KEY: self._gpu_experts}, buffer)
             try:
