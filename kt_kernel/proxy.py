@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# both forms of the last one are looked up: with brackets by urllib, without by requests
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0", "::1", "[::1]")
+# Not "[::1]", which urllib looks for: httpx, the client of huggingface_hub, raises InvalidURL where it finds brackets.
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0", "::1")
 
 
 def bypass_proxy_for_own_traffic() -> None:
