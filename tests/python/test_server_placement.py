@@ -44,7 +44,7 @@ MAX_DIFFERENCE = 0.03
 WORKLOADS = ("english", "code", "json")
 NUM_LAYERS = len(MODEL.moe_layers)
 ONE_TOKEN = {"temperature": 0, "max_new_tokens": 1}
-LAST_TOKENS = 1900  # of the text that settles a record: one forward
+LAST_TOKENS = 1900  # of the text that settles a record: one forward, for it is below --chunked-prefill-size
 
 
 def skewed_tensors() -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ class Prepared:
 
 def flags(model: Path, *more: str) -> list[str]:
     # with overlap the scheduler has begun the next token when it sees that a request is done, and counts it
-    more = ("--disable-overlap-schedule", *more)
+    more = ("--disable-overlap-schedule", "--chunked-prefill-size", "2048", *more)
     return ["--kt-weight-path", str(model), "--kt-method", "BF16", *WITHOUT_CACHE, *more]
 
 
