@@ -153,7 +153,7 @@ def _verify(folder: str) -> int:
     for problem in problems:
         logger.error("%s", problem)
     if problems:
-        logger.error("%s is damaged; delete the files named above and convert again.", folder)
+        logger.error("%s is not whole; delete the files named above, if any, and run the conversion again.", folder)
         return 1
     logger.info("%s is whole: %d layers, %.2f GB, every checksum matches", folder, len(layers), total / 1e9)
     return 0

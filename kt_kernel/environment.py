@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,10 +34,16 @@ def _check_number(name: str, high: int, *, whole: bool, kind: str) -> None:
         raise ValueError(f"{name}={value!r} is no number of {kind} from 0 to {high}; unset it for the default.")
 
 
-def _check_signal(name: str) -> None:
-    value = os.environ[name]
+def _check_signal() -> None:
+    value = os.environ["KT_CUDA_SIGNAL"]
     if value not in ("doorbell", "hostfunc"):
-        raise ValueError(f"{name}={value!r} is no way to signal; unset it, or use doorbell or hostfunc.")
+        raise ValueError(f"KT_CUDA_SIGNAL={value!r} is no way to signal; unset it, or use doorbell or hostfunc.")
+
+
+def _check_found() -> None:
+    value = os.environ["KT_CUDA_SIGNAL_FOUND"]
+    if not re.fullmatch(r"\d+=(doorbell|hostfunc)(,\d+=(doorbell|hostfunc))*", value):
+        raise ValueError(f"KT_CUDA_SIGNAL_FOUND={value!r} was not set by kt_kernel; unset it, or set KT_CUDA_SIGNAL.")
 
 
 # By name; called where the variable is set. The limits of those that C++ reads are those of its code.
@@ -51,8 +58,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "KT_GEMM": _check_gemm,
     "KT_SPIN_US": lambda: _check_number("KT_SPIN_US", 1_000_000, whole=True, kind="microseconds"),
     "KT_CUDA_DRIVER": _check_driver,
-    "KT_CUDA_SIGNAL": lambda: _check_signal("KT_CUDA_SIGNAL"),
-    "KT_CUDA_SIGNAL_FOUND": lambda: _check_signal("KT_CUDA_SIGNAL_FOUND"),
+    "KT_CUDA_SIGNAL": _check_signal,
+    "KT_CUDA_SIGNAL_FOUND": _check_found,
     "KT_CUDA_SPIN_MS": lambda: _check_number("KT_CUDA_SPIN_MS", 31_536_000, whole=False, kind="milliseconds"),
     "KT_SYNC_TIMEOUT": lambda: _check_number("KT_SYNC_TIMEOUT", 31_536_000, whole=False, kind="seconds"),
 }

@@ -106,9 +106,9 @@ def _write_error(error: Exception, path: Path, num_bytes: int) -> OSError:
     if code in (errno.ENOSPC, errno.EDQUOT):
         return OSError(
             code,
-            f"the disk of {path.parent} is full: {path.name} needs {num_bytes / 1e9:.2f} GB, "
-            f"{shutil.disk_usage(path.parent).free / 1e9:.2f} GB free; make room and start the same command again, "
-            f"finished layers are kept.",
+            f"the disk of {path.parent} is full: {path.name} needs {num_bytes / 1e6:.2f} MB, "
+            f"{shutil.disk_usage(path.parent).free / 1e6:.2f} MB free; make room and start the same command again, "
+            f"what is written is kept.",
         )
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return OSError(code, f"writing {path} failed: {reason}.")

@@ -150,7 +150,7 @@ class HybridMoE(nn.Module):
 
     @classmethod
     def from_path(cls, weight_path: str | Path, layer_idx: int, **options: Any) -> HybridMoE:
-        """Make a layer from a checkpoint, or from a folder of converted experts (whose method it must be).
+        """Make a layer from a checkpoint, or from a folder of converted experts, whose method is the default.
 
         Parameters
         ----------
@@ -167,12 +167,14 @@ class HybridMoE(nn.Module):
             A folder or layer that does not fit; one sentence.
         """
         folder = resolve_folder(weight_path)
-        method = options.get("method", "BF16")
-        if is_packed_folder(folder) and (found := read_manifest(folder)["method"]) != method:
-            raise ValueError(
-                f"{folder} was converted for method {found}, but method {method} was asked for; pass "
-                f'method="{found}" or convert again.'
-            )
+        if is_packed_folder(folder):
+            found = read_manifest(folder)["method"]
+            method = options.setdefault("method", found)
+            if method != found:
+                raise ValueError(
+                    f"{folder} was converted for method {found}, but method {method} was asked for; pass "
+                    f'method="{found}" or convert again.'
+                )
         sizes = model_sizes(folder)
         config = MoEConfig(layer_idx, sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size)
         module = cls(config, **options)

@@ -11,7 +11,7 @@
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3}
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 folder=$PWD/build/gpu-check
 double=''
 
@@ -23,7 +23,7 @@ fail() {
 pack() {
   local wrapper
   [[ -f /usr/include/numa.h ]] || fail "libnuma's headers are missing; run 'apt-get install libnuma-dev' first"
-  wrapper=$("$python" -c 'import importlib.util as u, os; print(os.path.join(os.path.dirname(u.find_spec("sglang").origin), "srt/layers/moe/kt_ep_wrapper.py"))') ||
+  wrapper=$("$python" -c 'import importlib.util as u, os, sys; s = u.find_spec("sglang"); s or sys.exit(1); print(os.path.join(os.path.dirname(s.origin), "srt/layers/moe/kt_ep_wrapper.py"))') ||
     fail "$python has no SGLang; set PYTHON to the environment's interpreter"
   rm -rf .gpu
   mkdir -p .gpu/include .gpu/lib
@@ -75,30 +75,38 @@ step() {
   echo "- $name: $([[ $code == 0 ]] && echo passed || echo "FAILED (exit code $code)") in $((SECONDS - start)) s" | tee -a "$folder/steps.txt"
 }
 
-case ${1:-} in
+case $* in
   --pack)
     pack
     exit 0
     ;;
   --double) double=1 ;;
   '') ;;
+  --help)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+    ;;
   *)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
     exit 2
     ;;
 esac
 
+missing=$("$python" -c 'import importlib.util as u; print(*(m for m in ("pybind11", "pytest", "torch") if not u.find_spec(m)))') ||
+  fail "$python does not run; set PYTHON to an interpreter"
+[[ -z $missing ]] || fail "$python lacks ${missing// /, }; './install.sh --test' installs them into .venv, or set PYTHON to an interpreter that has them"
+if [[ -n $double ]]; then
+  library=$PWD/build/test/libfake_cuda.so
+  [[ -f $library ]] || fail "$library is missing; scripts/dev.sh test builds it first"
+  export KT_CUDA_DRIVER=$library
+else
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail "torch of $python sees no CUDA device; run this on a machine that has one, or with --double"
+fi
 rm -rf "$folder"
 mkdir -p "$folder"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 KT_GPU_CHECK_FOLDER=$folder
-if [[ -n $double ]]; then
-  library=$(ls build/test/libfake_cuda.so 2>/dev/null) || fail "build/test/libfake_cuda.so is missing; scripts/test.sh builds it"
-  export KT_CUDA_DRIVER=$PWD/$library
-else
-  "$python" -c 'import pybind11, pytest, torch' 2>/dev/null ||
-    fail "$python lacks torch, pybind11 or pytest; set PYTHON to the interpreter that has them"
-  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    fail "torch of $python sees no CUDA device; run this on a machine that has one, or with --double"
+if [[ -z $double ]]; then
   step "build" build
   ((failed == 0)) || fail "the build failed; its log is $folder/build.log"
 fi

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kt_kernel import __version__, _ext
+from kt_kernel import __version__, _ext, device_stream
 from kt_kernel.collect_env import collect, format_report, main
 from kt_kernel.config import ENVIRONMENT, environment_table
 from kt_kernel.environment import CHECKS
@@ -70,7 +70,7 @@ WRONG_VALUES = {
     "KT_SPIN_US": ("1000001", "KT_SPIN_US='1000001' is no number of microseconds from 0 to 1000000"),
     "KT_CUDA_DRIVER": ("/no/where", "KT_CUDA_DRIVER names no file"),
     "KT_CUDA_SIGNAL": ("horn", "KT_CUDA_SIGNAL='horn' is no way to signal"),
-    "KT_CUDA_SIGNAL_FOUND": ("horn", "KT_CUDA_SIGNAL_FOUND='horn' is no way to signal"),
+    "KT_CUDA_SIGNAL_FOUND": ("horn", "KT_CUDA_SIGNAL_FOUND='horn' was not set by kt_kernel"),
     "KT_CUDA_SPIN_MS": ("nan", "KT_CUDA_SPIN_MS='nan' is no number of milliseconds from 0 to"),
     "KT_SYNC_TIMEOUT": ("-1", "KT_SYNC_TIMEOUT='-1' is no number of seconds from 0 to"),
 }
@@ -92,6 +92,15 @@ def test_numbers_only_python_reads_are_commented_on(monkeypatch: pytest.MonkeyPa
     assert f"{name}={value!r} is no number of " in format_report(collect())
     monkeypatch.setenv(name, "10")
     assert collect()["environment"]["warnings"] == []
+
+
+def test_what_the_probe_leaves_for_other_processes_is_a_value_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_stream, "driver", lambda: {"reason": ""})
+    monkeypatch.setattr(device_stream, "_probe", lambda ordinal: ("doorbell", "hostfunc")[ordinal])
+    monkeypatch.setenv("KT_CUDA_SIGNAL_FOUND", "")
+    for ordinal in (0, 1):
+        device_stream.choose_signal(ordinal)
+        assert os.environ["KT_CUDA_SIGNAL_FOUND"] and collect()["environment"]["warnings"] == []
 
 
 def test_more_threads_than_cpus_are_commented_on(monkeypatch: pytest.MonkeyPatch) -> None:

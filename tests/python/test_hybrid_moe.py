@@ -130,8 +130,9 @@ def test_a_path_gives_the_same_layer(tmp_path: Path, experts: Experts, converted
         HybridMoE.from_path(folder, 0, method=method, engine=ENGINE)
     if converted:
         with pytest.raises(ValueError, match=r"was converted for method AMXINT8, .*; pass method=\"AMXINT8\"") as error:
-            HybridMoE.from_path(folder, 1, engine=ENGINE)
+            HybridMoE.from_path(folder, 1, method="BF16", engine=ENGINE)
         assert "--" not in str(error.value)
+        assert HybridMoE.from_path(folder, 1, engine=ENGINE).wrapper.method == method
 
 
 # --- state ---

@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_only_whole_files(
     output = tmp_path / "converted-AMXINT4"
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, full)
-        with pytest.raises(OSError, match=r"is full: .* needs \d+.\d\d GB, \d+.\d\d GB free") as caught:
+        with pytest.raises(OSError, match=r"is full: .* needs \d+.\d\d MB, \d+.\d\d MB free") as caught:
             convert_tiny(tmp_path)
     assert caught.value.errno == errno.ENOSPC and "\n" not in caught.value.strerror
     for path in output.iterdir():

@@ -178,6 +178,8 @@ def test_memory_is_refused_with_needed_and_had(monkeypatch: pytest.MonkeyPatch) 
     checks.check_memory(needs())
     with pytest.raises(ValueError, match=r"needs 25\.1 GB .*\(experts 20\.0, .*16\.0 GB of 32\.0 GB are usable"):
         checks.check_memory(needs(experts=20 * GB))
+    with pytest.raises(ValueError, match=r"are usable; lower --max-total-tokens, .* or --context-length, free memory"):
+        checks.check_memory(needs(kv_pool=20 * GB))
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

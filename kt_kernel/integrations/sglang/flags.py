@@ -59,7 +59,8 @@ FLAGS = (
     Flag(
         "--kt-max-deferred-experts-per-token",
         "0",
-        "experts of a token whose share may come one MoE layer later, see [Deferral](#deferral); costs accuracy",
+        "experts of a token whose share may come one MoE layer later, at most all but one, see [Deferral](#deferral); "
+        "costs accuracy",
     ),
     Flag(
         "--kt-numa-nodes",
