@@ -331,15 +331,6 @@ def test_a_snapshot_that_was_just_taken_is_written(tmp_path: Path) -> None:
         counting.recorder.write()
 
 
-def test_a_record_whose_first_snapshot_is_all_there_is_gets_written(tmp_path: Path) -> None:
-    path = tmp_path / "counts.pt"
-    counting = Counting(path)
-    for _ in range(1 + expert_counts.SNAPSHOT_FORWARDS):
-        counting.forward(0, 1)
-    counting.recorder.write()
-    assert read_record(path)[0].tolist() == [[[0, expert_counts.SNAPSHOT_FORWARDS, 0], [0, 0, 0]]]
-
-
 def test_a_long_record_gets_coarser_and_stays_whole(tmp_path: Path) -> None:
     path = tmp_path / "counts.pt"
     counting = Counting(path)
