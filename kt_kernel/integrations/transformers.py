@@ -197,6 +197,7 @@ def _pack(module: nn.Module, top_k: int, index: int | None = None) -> HybridMoE:
             weight = getattr(module, name)
             setattr(module, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
         module.register_state_dict_pre_hook(_refuse_state)
+        module.register_forward_pre_hook(_refuse_switch)
     if index == 0:
         logger.info("experts are computed by kt_kernel, method %s: %s", layer.wrapper.method, layer.wrapper.moe.explain)
     return layer
@@ -207,6 +208,15 @@ def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
         f"the weights of {prefix}gate_up_proj were freed when kt_kernel packed them; to save the model, load it again "
         f"without kt_kernel or after register(free_weights=False)."
     )
+
+
+def _refuse_switch(module: nn.Module, _args: Any) -> None:
+    wanted = module.config._experts_implementation
+    if wanted != NAME:
+        raise RuntimeError(
+            f"the weights of {type(module).__name__} were freed when kt_kernel packed them; load the model again with "
+            f"experts_implementation={wanted!r}, or load it after register(free_weights=False) to switch."
+        )
 
 
 def _check(module: nn.Module) -> None:

@@ -222,6 +222,11 @@ def test_a_packed_model_is_neither_saved_nor_copied_nor_trained(tmp_path: Path) 
         model.save_pretrained(tmp_path / "other")
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(model)
+    model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match=r"freed when kt_kernel packed them; .*load the model again with .*'eager'"):
+        logits(model)
+    model.set_experts_implementation("kt_kernel")
+    assert torch.equal(logits(model), output.logits)
     model.train()
     with pytest.raises(RuntimeError, match=r"cannot be trained; call model.eval\(\) or choose another implementation"):
         model(IDS)
