@@ -75,6 +75,10 @@ REFUSALS = {
         ["--kt-weight-path", "WEIGHTS", "--model-path", "DENSE"],
         ["--kt-weight-path is given, but the model being served has no experts"],
     ),
+    "no_such_model": (
+        ["--kt-weight-path", "WEIGHTS", "--model-path", "/no/where"],
+        ["--model-path /no/where does not exist; give a checkpoint's folder, or a hub id"],
+    ),
     "expert_parallel": (["--kt-weight-path", "WEIGHTS", "--ep-size", "2", "--tp-size", "2"], ["--ep-size is 2"]),
     "all_to_all": (
         ["--kt-weight-path", "WEIGHTS", "--moe-a2a-backend", "deepep", "--tp-size", "2"],

@@ -188,6 +188,9 @@ def check_flags(args: Any) -> ExpertSource:
     for name, sentence in wrong_values().items():
         if name != "KT_METHOD":  # --kt-method takes its place
             raise ValueError(sentence)
+    # a path, not a hub id: SGLang would end in a traceback of the hub's client
+    if args.model_path.startswith(("/", "./", "../", "~")) and not Path(args.model_path).expanduser().exists():
+        raise ValueError(f"--model-path {args.model_path} does not exist; give a checkpoint's folder, or a hub id.")
     source = expert_source(args.kt_weight_path, args.kt_method)
     num_gpu_experts = args.kt_num_gpu_experts or 0
     if not 0 <= num_gpu_experts <= source.num_experts:
