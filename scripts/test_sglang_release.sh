@@ -25,13 +25,14 @@ lane() (
 
 # Starting a server is one core's imports: two lanes take little more than half of the time of one.
 mapfile -t others < <(grep -l 'pytest.mark.server' tests/python/test_*.py | grep -v test_server_placement)
+commit=$(git describe --always --dirty)
 code=0
 lane first 'not full' tests/python/test_server_placement.py tests/python/test_cuda_sync.py &
 first=$!
 lane second 'server and not full' "${others[@]}" || code=$?
 wait "$first" || code=$?
 {
-  echo "scripts/test_sglang_release.sh $version, $(date -u +%Y-%m-%d), commit $(git describe --always --dirty)"
+  echo "scripts/test_sglang_release.sh $version, $(date -u +%Y-%m-%d), commit $commit"
   "$venv/bin/python" -m kt_kernel.collect_env
   echo
   cat "$parts/first" "$parts/second"
