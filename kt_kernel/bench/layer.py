@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,18 +107,11 @@ def main(args: argparse.Namespace) -> int:
         conditions.positive_numbers("--rounds", str(args.rounds))
         threads = conditions.positive_numbers("--threads", args.threads) if args.threads else [None]
         conditions.check_plot(args.plot)
-        layout = get_method(args.method).layout_with_group(args.group_size)
-        engines = [get_engine(EngineConfig.resolve(count)) for count in dict.fromkeys(threads)]
-    except (ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    shape = cut_to_machine(SHAPES[args.shape], layout, len(engines))
-    try:
-        layers, error = build_layers(shape, layout, engines)
+        shape, layers, error = prepare(args, threads)
     except WrongResultError as wrong:
         print(wrong, file=sys.stderr)
         return 1
-    except RuntimeError as refused:  # kernels that KT_GEMM asks for and this CPU does not have
+    except (ValueError, RuntimeError) as refused:
         print(refused, file=sys.stderr)
         return 2
     result = describe(args, shape, layers, error) | measure(layers, shape, token_counts, args.routing, args.rounds)
@@ -132,6 +126,22 @@ def main(args: argparse.Namespace) -> int:
 
 class WrongResultError(Exception):
     """The layer does not give what fp32 gives, or other bits for another number of threads."""
+
+
+def prepare(args: argparse.Namespace, threads: Sequence[int | None]) -> tuple[Shape, list[CpuExperts], float]:
+    """The layer that the flags of :func:`add_layer_arguments` name, once for each number of threads, and its error.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        Flags, threads or kernels that cannot be had here.
+    WrongResultError
+        As :func:`build_layers`.
+    """
+    layout = get_method(args.method).layout_with_group(args.group_size)
+    engines = [get_engine(EngineConfig.resolve(count)) for count in dict.fromkeys(threads)]
+    shape = cut_to_machine(SHAPES[args.shape], layout, len(engines))
+    return shape, *build_layers(shape, layout, engines)
 
 
 def cut_to_machine(shape: Shape, layout: str, num_layers: int = 1) -> Shape:

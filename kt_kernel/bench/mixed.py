@@ -25,10 +25,8 @@ import torch
 
 from kt_kernel import ops
 from kt_kernel.bench import conditions, layer
-from kt_kernel.bench.shapes import SHAPES, Shape
-from kt_kernel.config import EngineConfig
-from kt_kernel.experts import CpuExperts, get_engine
-from kt_kernel.methods import get_method
+from kt_kernel.bench.shapes import Shape
+from kt_kernel.experts import CpuExperts
 
 
 @dataclass
@@ -61,31 +59,24 @@ def main(args: argparse.Namespace) -> int:
     try:
         chunks = conditions.positive_numbers("--chunks", args.chunks)
         conditions.positive_numbers("--rounds", str(args.rounds))
-        layout = get_method(args.method).layout_with_group(args.group_size)
-        engine = get_engine(EngineConfig.resolve(args.threads or None))
-    except (ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    shape = layer.cut_to_machine(SHAPES[args.shape], layout)
-    try:
-        (experts,), error = layer.build_layers(shape, layout, [engine])
+        shape, (experts,), error = layer.prepare(args, [args.threads or None])
     except layer.WrongResultError as wrong:
         print(wrong, file=sys.stderr)
         return 1
-    except RuntimeError as refused:  # kernels that KT_GEMM asks for and this CPU does not have
+    except (ValueError, RuntimeError) as refused:
         print(refused, file=sys.stderr)
         return 2
     result = measure(experts, shape, chunks, args.rounds)
     result |= {
         "method": args.method,
         "shape": args.shape,
-        "threads": engine.num_threads,
+        "threads": experts.engine.num_threads,
         "kernels": experts.layer.explain,
         "relative_error": error,
         "machine": conditions.machine(),
         "commit": conditions.commit(),
         "command": f"{conditions.environment()}python -m kt_kernel.bench mixed --method {args.method} "
-        f"--shape {args.shape} --chunks {args.chunks} --threads {engine.num_threads} --rounds {args.rounds}"
+        f"--shape {args.shape} --chunks {args.chunks} --threads {experts.engine.num_threads} --rounds {args.rounds}"
         + (f" --group-size {args.group_size}" if args.group_size is not None else ""),
     }
     print(json.dumps(result, indent=2) if args.json else table(result))

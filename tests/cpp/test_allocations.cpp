@@ -6,32 +6,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <thread>
 #include <vector>
 
+#include "counted_allocations.h"
 #include "runtime/cuda_sync.h"
-
-namespace {
-
-std::atomic<uint64_t> num_allocations{0};
-
-void* counted(size_t bytes) {
-  ++num_allocations;
-  void* const memory = std::malloc(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-}  // namespace
-
-// not inlined: GCC 12 sees malloc() with delete and new with free()
-[[gnu::noinline]] void* operator new(size_t bytes) { return counted(bytes); }
-[[gnu::noinline]] void* operator new[](size_t bytes) { return counted(bytes); }
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 
 namespace kt {
 namespace {

@@ -11,35 +11,18 @@
 
 #include <atomic>
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 
 #include "base/cpu_features.h"
 #include "child_process.h"
+#include "counted_allocations.h"
 #include "moe/moe_layer.h"
 #include "random_tensors.h"
 
 namespace {
 
-std::atomic<uint64_t> num_allocations{0};
 std::atomic<uint64_t> num_locks{0};
 
-void* counted(size_t bytes) {
-  ++num_allocations;
-  void* const memory = std::malloc(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 }  // namespace
-
-// not inlined: GCC 12 sees malloc() with delete and new with free()
-[[gnu::noinline]] void* operator new(size_t bytes) { return counted(bytes); }
-[[gnu::noinline]] void* operator new[](size_t bytes) { return counted(bytes); }
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 
 // In place of the C library's, for the whole program.
 extern "C" int pthread_mutex_lock(pthread_mutex_t* mutex) noexcept {

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from kt_kernel import __version__, _ext, ops
-from kt_kernel.config import EngineConfig, MoEConfig
+from kt_kernel.bench.layer import load_layer
+from kt_kernel.bench.shapes import Shape
+from kt_kernel.config import EngineConfig
 from kt_kernel.experts import CpuExperts, get_engine
 from kt_kernel.methods import get_method
 
@@ -32,18 +34,9 @@ class System:
     def load(self, name: str) -> float:
         """Quantize and pack every expert."""
         sizes = self.data.sizes
-        config = MoEConfig(
-            layer_idx=0,
-            num_experts=sizes.num_experts,
-            top_k=sizes.top_k,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
-        )
-        experts = CpuExperts(config, layout=get_method(name).layout, engine=self.engine)
-        kinds = [[as_bf16(matrix) for matrix in self.data.of_expert(kind)] for kind in range(sizes.kinds)]
-        for expert in range(sizes.num_experts):
-            gate, up, down = kinds[expert % sizes.kinds]
-            experts.load_experts([expert], [gate], [up], [down])
+        shape = Shape(sizes.hidden_size, sizes.intermediate_size, sizes.num_experts, sizes.top_k)
+        kinds = [tuple(map(as_bf16, self.data.of_expert(kind))) for kind in range(sizes.kinds)]
+        experts = load_layer(shape, get_method(name).layout, self.engine, kinds)
         self.layers[name] = experts
         experts.layer.probe_read()  # first touch of the scratch, frequency, page tables
         return experts.bytes / sizes.num_experts
