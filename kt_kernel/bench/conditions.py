@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kt_kernel import _ext
 
-# A run whose calibration moved by more than this between its start and its end says nothing.
+# A line, or a run with one calibration, that moved by more than this between its start and its end says nothing.
 MAX_DRIFT = 0.07
-# Exit code of such a run. Its result is printed anyway.
+# How often a line that moved is measured, unless --attempts says another number.
+ATTEMPTS = 3
+# Exit code of a run that leaves such a line. Its result is printed anyway.
 EXIT_NOT_QUIET = 3
 # What a picture may be.
 PICTURES = (".png", ".svg", ".pdf")
+
+Key = TypeVar("Key")
+Samples = TypeVar("Samples")
 
 
 def machine() -> str:
@@ -61,6 +68,51 @@ def drift(calibration: Sequence[float]) -> float:
     return abs(statistics.median(calibration[:quarter]) / statistics.median(calibration[-quarter:]) - 1)
 
 
+def drift_of_limit(share_of_read: float, share_of_peak: float, reads: Sequence[float], peaks: Sequence[float]) -> float:
+    """The drift of the limit that binds a line: reading where its share is the larger, else multiplying."""
+    return drift(reads if share_of_read > share_of_peak else peaks)
+
+
+def until_quiet(
+    keys: Sequence[Key],
+    attempts: int,
+    measure: Callable[[list[Key]], dict[Key, Samples]],
+    drift_of: Callable[[Key, Samples], float],
+) -> dict[Key, tuple[Samples, float]]:
+    """Measure all lines, and those that moved by more than MAX_DRIFT again, in at most so many attempts.
+
+    Parameters
+    ----------
+    keys : Sequence
+        The lines.
+    attempts : int
+        Calls of `measure`, at least 1; each after the first is told on stderr.
+    measure : Callable
+        Samples of these lines, measured interleaved.
+    drift_of : Callable
+        By how much the calibration of a line moved, as a share.
+
+    Returns
+    -------
+    dict
+        The last samples of each line, in the order of `keys`, and their drift.
+    """
+    found = {}
+    moved = list(dict.fromkeys(keys))
+    for attempt in range(1, attempts + 1):
+        if attempt > 1:
+            print(
+                f"{len(moved)} of {len(found)} lines are thrown away, their calibration moved by more than "
+                f"{100 * MAX_DRIFT:.0f} %; attempt {attempt} of {attempts} begins.",
+                file=sys.stderr,
+            )
+        found |= {key: (samples, drift_of(key, samples)) for key, samples in measure(moved).items()}
+        moved = [key for key, (_, drifted) in found.items() if drifted > MAX_DRIFT]
+        if not moved:
+            break
+    return found
+
+
 def refuse_drift(moved: float) -> str | None:
     """One sentence where a run must be thrown away because its calibration moved by this share, else None."""
     if moved <= MAX_DRIFT:
@@ -78,6 +130,39 @@ def end_of_run(moved: float) -> int:
         return 0
     print(thrown_away, file=sys.stderr)
     return EXIT_NOT_QUIET
+
+
+def end_of_lines(drifts: Sequence[float]) -> int:
+    """Exit code of a run whose lines moved by these shares; tells on stderr how many of them are thrown away."""
+    moved = [drifted for drifted in drifts if drifted > MAX_DRIFT]
+    if not moved:
+        return 0
+    print(
+        f"thrown away: the calibration of {len(moved)} of {len(drifts)} lines moved by up to {100 * max(moved):.0f} % "
+        f"during the run, more than {100 * MAX_DRIFT:.0f} %; run it again on a quieter machine.",
+        file=sys.stderr,
+    )
+    return EXIT_NOT_QUIET
+
+
+def moved_cell(row: dict) -> str:
+    """What the column `moved` says of a line: ``"3.1 %"``, or ``"12.5 %, thrown away"``."""
+    return f"{100 * row['drift']:.1f} %" + (", thrown away" if row["thrown_away"] else "")
+
+
+def add_attempts(parser: argparse.ArgumentParser) -> None:
+    """Add the flag ``--attempts``."""
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=ATTEMPTS,
+        help=f"how often a line is measured until its calibration holds still; default {ATTEMPTS}",
+    )
+
+
+def attempts_flag(attempts: int) -> str:
+    """``" --attempts 5"`` for the command that repeats a run, or "" for the default."""
+    return f" --attempts {attempts}" if attempts != ATTEMPTS else ""
 
 
 def spread(values: Sequence[float]) -> float:

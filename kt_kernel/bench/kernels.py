@@ -6,6 +6,9 @@ One thread, its CPU time. Every round measures each row at each m once, next to 
     share of peak = 2 * m * 64 * k operations a panel / time / operations a second on registers
     hot           = the share of the peak on one panel that stays in the cache
 
+The calibration of a line is the limit that binds it. A line whose calibration moved is measured again, ``--attempts``
+times in all; the others stay.
+
 A row of several features is measured against the probes of these features. The probes of int4 are those of int8;
 without VNNI an int4 kernel may pass them, for it sums pairs in int16 first.
 """
@@ -52,7 +55,7 @@ class Samples:
 
 @dataclass
 class Row:
-    """One line of the result: medians over rounds; spread is p90 - p10 of the share that binds."""
+    """One line of the result: medians over rounds; spread is p90 - p10 of the share that binds, drift of that limit."""
 
     format: str
     kernel: str
@@ -65,6 +68,8 @@ class Row:
     spread: float
     read_gb_per_s: float
     peak_gops: float
+    drift: float
+    thrown_away: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--m", default="1,2,4,8,16,64", help="rows of activations, comma separated")
     parser.add_argument("--k", type=int, default=2048, help="columns of a panel, a multiple of 64")
     parser.add_argument("--rounds", type=int, default=40)
+    conditions.add_attempts(parser)
     parser.add_argument(
         "--buffer-mb", type=int, default=0, help=f"weights; default {MIN_BUFFER_MB}, or 4 last-level caches if more"
     )
@@ -92,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         row_counts = conditions.positive_numbers("--m", args.m)
         conditions.positive_numbers("--rounds", str(args.rounds))
+        conditions.positive_numbers("--attempts", str(args.attempts))
         if buffer_mb < CACHES_OF_A_BUFFER * cache_mb:
             raise ValueError(
                 f"--buffer-mb {buffer_mb} would be read from the last-level cache of {cache_mb} MB; give at least "
@@ -103,11 +110,7 @@ def main(args: argparse.Namespace) -> int:
                 f"--filter {args.filter} leaves no kernel that may run here; python -m kt_kernel.collect_env lists "
                 f"them."
             )
-        rows, drift = [], 0.0
-        for name in formats:
-            found, moved = bench_format(name, args, row_counts, buffer_mb)
-            rows += found
-            drift = max(drift, moved)
+        rows = [row for name in formats for row in bench_format(name, args, row_counts, buffer_mb)]
     except WrongResultError as error:
         print(error, file=sys.stderr)
         return 1
@@ -118,13 +121,13 @@ def main(args: argparse.Namespace) -> int:
         "machine": conditions.machine(),
         "commit": conditions.commit(),
         "command": f"{conditions.environment()}python -m kt_kernel.bench kernels --filter '{args.filter}' --m {args.m} "
-        f"--k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}",
+        f"--k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
         "last_level_cache_mb": cache_mb,
-        "drift": drift,
+        "drift": max(row.drift for row in rows),
         "rows": [asdict(row) for row in rows],
     }
     print(json.dumps(result, indent=2) if args.json else table(result))
-    return conditions.end_of_run(drift)
+    return conditions.end_of_lines([row.drift for row in rows])
 
 
 def kernels_of(format_name: str) -> list[str]:
@@ -137,23 +140,26 @@ def matching(format_name: str, kernels: list[str], text: str) -> list[str]:
     return [kernel for kernel in kernels if text in f"{format_name} {kernel}"]
 
 
-def bench_format(name: str, args: argparse.Namespace, row_counts: list[int], buffer_mb: int) -> tuple[list[Row], float]:
-    """Check and measure the rows of one format; returns their lines and the drift of their limits."""
+def bench_format(name: str, args: argparse.Namespace, row_counts: list[int], buffer_mb: int) -> list[Row]:
+    """Check and measure the rows of one format; returns their lines."""
     bench = _ext.KernelBench(FORMATS[name], args.k, max(row_counts), buffer_mb << 20)
     kernels = matching(name, bench.kernels, args.filter)
     for kernel, m in product(kernels, row_counts):
         if not bench.matches(kernel, m):
             raise WrongResultError(f"wrong result: {name} {kernel} at m = {m} differs from the reference row.")
-    samples = measure(bench, kernels, row_counts, args.rounds)
-    rows = [summarize(name, *key, taken, bench.panel_bytes, args.k) for key, taken in samples.items()]
-    return rows, drift_of(samples, args.rounds)
+    operations = {m: operations_a_byte(m, bench.panel_bytes, args.k) for m in row_counts}
+    lines = conditions.until_quiet(
+        list(product(kernels, row_counts)),
+        args.attempts,
+        lambda keys: measure(bench, keys, args.rounds),
+        lambda key, taken: drift_of(taken, operations[key[1]]),
+    )
+    return [summarize(name, kernel, m, taken, operations[m], drift) for (kernel, m), (taken, drift) in lines.items()]
 
 
-def measure(
-    bench: _ext.KernelBench, kernels: list[str], row_counts: list[int], rounds: int
-) -> dict[tuple[str, int], Samples]:
-    """Interleaved rounds: each measures every kernel at every m, and the kernel's limits right before."""
-    samples = {(kernel, m): Samples() for kernel in kernels for m in row_counts}
+def measure(bench: _ext.KernelBench, keys: list[tuple[str, int]], rounds: int) -> dict[tuple[str, int], Samples]:
+    """Interleaved rounds: each measures every kernel at its m, and the kernel's limits right before."""
+    samples = {key: Samples() for key in keys}
     for _ in range(rounds):
         for (kernel, m), taken in samples.items():
             taken.peak.append(bench.peak_rate(kernel))
@@ -163,26 +169,28 @@ def measure(
     return samples
 
 
-def drift_of(samples: dict[tuple[str, int], Samples], rounds: int) -> float:
-    """The larger drift of the two limits: by round, the median over all samples of a limit relative to its own."""
-    drifts = []
-    for limit in ("read", "peak"):
-        series = [getattr(taken, limit) for taken in samples.values()]
-        middles = [statistics.median(values) for values in series]
-        by_round = [
-            statistics.median(values[i] / middle for values, middle in zip(series, middles, strict=True))
-            for i in range(rounds)
-        ]
-        drifts.append(conditions.drift(by_round))
-    return max(drifts)
+def operations_a_byte(m: int, panel_bytes: int, k: int) -> float:
+    """Operations for a byte of packed weights at `m` rows of activations."""
+    return 2 * m * PANEL_COLUMNS * k / panel_bytes
 
 
-def summarize(format_name: str, kernel: str, m: int, taken: Samples, panel_bytes: int, k: int) -> Row:
-    """Medians over the rounds of one kernel at one m."""
-    operations = 2 * m * PANEL_COLUMNS * k / panel_bytes  # a byte of packed weights
+def shares(taken: Samples, operations: float) -> tuple[list[float], list[float]]:
+    """By round, the shares of the read bandwidth of the round and of the median peak."""
     peak = statistics.median(taken.peak)
     by_read = [rate / read for rate, read in zip(taken.stream, taken.read, strict=True)]
-    by_peak = [rate * operations / peak for rate in taken.stream]
+    return by_read, [rate * operations / peak for rate in taken.stream]
+
+
+def drift_of(taken: Samples, operations: float) -> float:
+    """How far the limit that binds one kernel at one m moved."""
+    by_read, by_peak = (statistics.median(values) for values in shares(taken, operations))
+    return conditions.drift_of_limit(by_read, by_peak, taken.read, taken.peak)
+
+
+def summarize(format_name: str, kernel: str, m: int, taken: Samples, operations: float, drift: float) -> Row:
+    """Medians over the rounds of one kernel at one m; `operations` a byte of packed weights."""
+    peak = statistics.median(taken.peak)
+    by_read, by_peak = shares(taken, operations)
     binding = by_read if statistics.median(by_read) > statistics.median(by_peak) else by_peak
     rate = statistics.median(taken.stream)
     return Row(
@@ -197,6 +205,8 @@ def summarize(format_name: str, kernel: str, m: int, taken: Samples, panel_bytes
         spread=conditions.spread(binding),
         read_gb_per_s=statistics.median(taken.read) / 1e9,
         peak_gops=peak / 1e9,
+        drift=drift,
+        thrown_away=drift > conditions.MAX_DRIFT,
     )
 
 
@@ -205,15 +215,15 @@ def table(result: dict) -> str:
     lines = [
         f"{result['machine']}; commit {result['commit'] or 'unknown'}",
         f"`{result['command']}`",
-        f"one thread, CPU time; the calibration moved by {100 * result['drift']:.1f} %",
+        f"one thread, CPU time; the calibration moved by up to {100 * result['drift']:.1f} %",
         "",
-        "| format | kernel | m | GB/s | of read | GOPS | of peak | hot | spread | read GB/s | peak GOPS |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| format | kernel | m | GB/s | of read | GOPS | of peak | hot | spread | read GB/s | peak GOPS | moved |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
         lines.append(
             f"| {row['format']} | {row['kernel']} | {row['m']} | {row['gb_per_s']:.1f} | {row['share_of_read']:.2f} | "
             f"{row['gops']:.0f} | {row['share_of_peak']:.2f} | {row['hot_share_of_peak']:.2f} | {row['spread']:.2f} | "
-            f"{row['read_gb_per_s']:.1f} | {row['peak_gops']:.0f} |"
+            f"{row['read_gb_per_s']:.1f} | {row['peak_gops']:.0f} | {conditions.moved_cell(row)} |"
         )
     return "\n".join(lines)

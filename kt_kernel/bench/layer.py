@@ -1,12 +1,16 @@
 """``python -m kt_kernel.bench layer``: one MoE layer beside what this machine reads and multiplies, in one run.
 
-Every round measures, for each number of threads, the read bandwidth over the layer's own weights, the register peak,
-and then each token count once with fresh routing, so drift of the machine hits both sides of a ratio. The time of a
-forward is the one the library counts: routing, quantization, products and weighted sum, without Python.
+Every round measures, for each number of threads, each token count with fresh routing (SHORT_SAMPLES times where a
+forward is short), and right before each forward the read bandwidth over the layer's own weights and the register peak,
+so drift of the machine hits both sides of a ratio. The time of a forward is the one the library counts: routing,
+quantization, products and weighted sum, without Python.
 
-    share of read  = bytes of the distinct experts of the forward / time / read bandwidth of the round
-    share of peak  = 2 * rows * parameters of an expert / time / register peak
+    share of read  = bytes of the distinct experts of the forward / time / read bandwidth right before it
+    share of peak  = 2 * rows * parameters of an expert / time / median register peak of the token count
     share of limit = the larger of the two: what the roofline allows is 1
+
+The calibration of a token count is the limit that binds it. A token count whose calibration moved, for any number of
+threads, is measured again for all of them, ``--attempts`` times in all; the others stay.
 """
 
 from __future__ import annotations
@@ -33,12 +37,16 @@ MAX_WEIGHT_BYTES = 3 << 30
 # Relative rms error against fp32 on the same weights before quantization. Derived in tests/cpp/test_moe_layer.cpp; here
 # only gross errors are to be found, so twice that.
 CHECK_BOUND = {"bf16": 2 / 256, "int8": 0.04, "int4": 0.4}
+# A forward of so few tokens is short, and sees the bandwidth of one moment. Where that scatters by 20 %, the median of
+# 40 samples is itself 4 % off (1.25 * 20 % / sqrt(40)), that of 120 only 2 %.
+SHORT_TOKENS = 8
+SHORT_SAMPLES = 3
 ROUTINGS = {"uniform": "every expert as likely as any other", "zipf": "the n-th expert 1/n as likely as the first"}
 
 
 @dataclass
 class Row:
-    """One line of a table: medians over rounds, and the spread (p90 - p10) of the share of the limit."""
+    """One line of a table: medians over samples, the spread (p90 - p10) of the share of the limit, and its drift."""
 
     tokens: int
     rows_per_expert: float
@@ -49,31 +57,40 @@ class Row:
     share_of_peak: float
     share_of_limit: float
     spread: float
+    drift: float
+    thrown_away: bool
 
 
 @dataclass
 class Speedup:
-    """How much faster more threads are, and how much faster the limit that binds is; medians over rounds."""
+    """How much faster more threads are, and how much faster the limit that binds is; medians over samples."""
 
     threads: int
     beside: int
     tokens: int
     speedup: float
     of_the_limit: float
+    drift: float
+    thrown_away: bool
 
 
 @dataclass
 class Sample:
-    """One forward: its time, the bytes and operations it needed, and the read bandwidth of its round."""
+    """One forward: its time, the bytes and operations it needed, and both limits right before it, a second."""
 
     seconds: float
     weight_bytes: float
     operations: float
     read: float
+    peak: float
 
     def limit_seconds(self, peak: float) -> float:
-        """What the forward takes at the limit; `peak` in operations a second."""
+        """What the forward takes at the limit; `peak`, operations a second, is the median over samples."""
         return max(self.weight_bytes / self.read, self.operations / peak)
+
+
+# By token count: the samples of each layer, and the drift of the limit that binds.
+Lines = dict[int, tuple[list[list[Sample]], float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", default="1,2,4,8,16,64,256,1024,4096", help="token counts, comma separated")
     parser.add_argument("--threads", help="thread counts, a table each; default KT_NUM_THREADS, else the usable cores")
     parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS))
+    conditions.add_attempts(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the shares of the limit over rows per expert")
 
 
@@ -105,6 +123,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         token_counts = conditions.positive_numbers("--tokens", args.tokens)
         conditions.positive_numbers("--rounds", str(args.rounds))
+        conditions.positive_numbers("--attempts", str(args.attempts))
         threads = conditions.positive_numbers("--threads", args.threads) if args.threads else [None]
         conditions.check_plot(args.plot)
         shape, layers, error = prepare(args, threads)
@@ -114,14 +133,20 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as refused:
         print(refused, file=sys.stderr)
         return 2
-    result = describe(args, shape, layers, error) | measure(layers, shape, token_counts, args.routing, args.rounds)
+    lines = conditions.until_quiet(
+        token_counts,
+        args.attempts,
+        lambda counts: measure(layers, shape, counts, args.routing, args.rounds),
+        drift_of,
+    )
+    result = describe(args, shape, layers, error) | summarize_lines(layers, shape, lines)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
         print_tables(result)
     if args.plot:
         plot(result, args.plot)
-    return conditions.end_of_run(result["drift"])
+    return conditions.end_of_lines([drift for _, drift in lines.values()])
 
 
 class WrongResultError(Exception):
@@ -138,6 +163,8 @@ def prepare(args: argparse.Namespace, threads: Sequence[int | None]) -> tuple[Sh
     WrongResultError
         As :func:`build_layers`.
     """
+    # torch's OpenMP threads spin for milliseconds after their work, on the cores the pool is measured on
+    torch.set_num_threads(1)
     layout = get_method(args.method).layout_with_group(args.group_size)
     engines = [get_engine(EngineConfig.resolve(count)) for count in dict.fromkeys(threads)]
     shape = cut_to_machine(SHAPES[args.shape], layout, len(engines))
@@ -218,52 +245,51 @@ def draw_experts(shape: Shape, tokens: int, routing: str, generator: torch.Gener
     return noise.topk(shape.top_k, dim=-1).indices
 
 
-def measure(layers: list[CpuExperts], shape: Shape, token_counts: list[int], routing: str, rounds: int) -> dict:
-    """Interleaved rounds; returns a table for each layer, the speed-ups between them and the drift."""
+def measure(
+    layers: list[CpuExperts], shape: Shape, token_counts: list[int], routing: str, rounds: int
+) -> dict[int, list[list[Sample]]]:
+    """Interleaved rounds; returns by token count the samples of each layer, the same routing in each of them."""
     generator = torch.Generator().manual_seed(2)
     inputs = {
         tokens: torch.randn(tokens, shape.hidden_size, generator=generator).to(torch.bfloat16)
         for tokens in token_counts
     }
-    samples: list[dict[int, list[Sample]]] = [{tokens: [] for tokens in token_counts} for _ in layers]
-    limits: list[list[tuple[float, float]]] = [[] for _ in layers]
+    # one entry a sample of a round
+    drawn_for = [tokens for tokens in token_counts for _ in range(SHORT_SAMPLES if tokens <= SHORT_TOKENS else 1)]
+    samples: dict[int, list[list[Sample]]] = {tokens: [[] for _ in layers] for tokens in token_counts}
     for experts in layers:  # first touch of the scratch, frequency, page tables
         experts.layer.probe_read()
         experts.layer.probe_peak(milliseconds=100)
     for _ in range(rounds):
-        ids = {tokens: draw_experts(shape, tokens, routing, generator) for tokens in token_counts}
-        for experts, taken, limit in zip(layers, samples, limits, strict=True):
-            read = experts.layer.probe_read()
-            limit.append((read, experts.layer.probe_peak(milliseconds=5)))
-            for tokens, hidden in inputs.items():
-                taken[tokens].append(Sample(*forward(experts, shape, hidden, ids[tokens]), read))
-    tables, peaks = [], [statistics.median(peak for _, peak in limit) for limit in limits]
-    for experts, taken, limit, peak in zip(layers, samples, limits, peaks, strict=True):
-        rows = [asdict(summarize(tokens, taken[tokens], shape, peak)) for tokens in token_counts]
-        pages = experts.layer.pages()
-        tables.append(
-            {
-                "threads": experts.engine.num_threads,
-                "nodes": experts.engine.num_nodes,
-                "read_gb_per_s": statistics.median(read for read, _ in limit) / 1e9,
-                "peak_gops": peak / 1e9,
-                "dispatch_ns": experts.engine.probe_dispatch(),
-                "huge_page_share": pages["huge_bytes"] / max(pages["resident_bytes"], 1),
-                "rows": rows,
-            }
-        )
-    series = [values for limit in limits for values in zip(*limit, strict=True)]
-    counts = [experts.engine.num_threads for experts in layers]
-    return {
-        "tables": tables,
-        "speedups": [asdict(one) for one in speedups(counts, samples, peaks)],
-        "drift": max(conditions.drift(values) for values in series),
-    }
+        routings = [(tokens, draw_experts(shape, tokens, routing, generator)) for tokens in drawn_for]
+        for i, experts in enumerate(layers):
+            for tokens, ids in routings:
+                limits = probe_limits(experts)
+                samples[tokens][i].append(Sample(*forward(experts, shape, inputs[tokens], ids), *limits))
+    return samples
+
+
+def wake(experts: CpuExperts) -> None:
+    """Have every worker do nothing, often, so that none sleeps when the next job comes.
+
+    In a server the layers of a model follow one another and the workers stay awake. Between two samples of a bench they
+    fall asleep, and on a virtual machine it takes milliseconds to wake a halted core.
+    """
+    experts.engine.probe_dispatch()
+
+
+def probe_limits(experts: CpuExperts) -> tuple[float, float]:
+    """The read bandwidth over the layer's weights, bytes a second, and the register peak, operations a second."""
+    wake(experts)
+    read = experts.layer.probe_read()
+    wake(experts)
+    return read, experts.layer.probe_peak(milliseconds=5)
 
 
 def forward(experts: CpuExperts, shape: Shape, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, float, float]:
-    """One forward: its seconds, the bytes of its distinct experts and its operations."""
+    """One forward on woken workers: its seconds, the bytes of its distinct experts and its operations."""
     weights = torch.full(ids.shape, 1.0 / shape.top_k)
+    wake(experts)
     before = experts.layer.counters()
     ops.moe_forward(hidden, ids, weights, None, experts.layer.handle)
     after = experts.layer.counters()
@@ -272,10 +298,58 @@ def forward(experts: CpuExperts, shape: Shape, hidden: torch.Tensor, ids: torch.
     return spent["busy_ns"] * 1e-9, spent["weight_bytes"], operations
 
 
-def summarize(tokens: int, samples: list[Sample], shape: Shape, peak: float) -> Row:
-    """Medians over the samples of one token count; `peak` is the register peak, operations a second."""
-    by_read = statistics.median(one.weight_bytes / one.seconds / one.read for one in samples)
-    by_peak = statistics.median(one.operations / one.seconds / peak for one in samples)
+def median_peak(samples: list[Sample]) -> float:
+    """Operations a second; a single probe of a few milliseconds dips when the hypervisor takes a core."""
+    return statistics.median(one.peak for one in samples)
+
+
+def shares(samples: list[Sample]) -> tuple[float, float]:
+    """Medians of the share of the read bandwidth and of the share of the register peak."""
+    peak = median_peak(samples)
+    return (
+        statistics.median(one.weight_bytes / one.seconds / one.read for one in samples),
+        statistics.median(one.operations / one.seconds / peak for one in samples),
+    )
+
+
+def drift_of(_tokens: int, by_layer: list[list[Sample]]) -> float:
+    """How far the limit that binds a token count moved: of the thread counts, which are compared, the largest."""
+    return max(
+        conditions.drift_of_limit(*shares(samples), [one.read for one in samples], [one.peak for one in samples])
+        for samples in by_layer
+    )
+
+
+def summarize_lines(layers: list[CpuExperts], shape: Shape, lines: Lines) -> dict:
+    """A table for each layer, the speed-ups between them and the largest drift."""
+    tables = []
+    for i, experts in enumerate(layers):
+        pages = experts.layer.pages()
+        samples = [one for by_layer, _ in lines.values() for one in by_layer[i]]
+        rows = [summarize(tokens, by_layer[i], shape, drift) for tokens, (by_layer, drift) in lines.items()]
+        tables.append(
+            {
+                "threads": experts.engine.num_threads,
+                "nodes": experts.engine.num_nodes,
+                "read_gb_per_s": statistics.median(one.read for one in samples) / 1e9,
+                "peak_gops": median_peak(samples) / 1e9,
+                "dispatch_ns": experts.engine.probe_dispatch(),
+                "huge_page_share": pages["huge_bytes"] / max(pages["resident_bytes"], 1),
+                "rows": [asdict(row) for row in rows],
+            }
+        )
+    counts = [experts.engine.num_threads for experts in layers]
+    return {
+        "tables": tables,
+        "speedups": [asdict(one) for one in speedups(counts, lines)],
+        "drift": max(drift for _, drift in lines.values()),
+    }
+
+
+def summarize(tokens: int, samples: list[Sample], shape: Shape, drift: float) -> Row:
+    """Medians over the samples of one token count, whose calibration moved by `drift`."""
+    by_read, by_peak = shares(samples)
+    peak = median_peak(samples)
     by_limit = [one.limit_seconds(peak) / one.seconds for one in samples]
     return Row(
         tokens=tokens,
@@ -287,15 +361,18 @@ def summarize(tokens: int, samples: list[Sample], shape: Shape, peak: float) -> 
         share_of_peak=by_peak,
         share_of_limit=statistics.median(by_limit),
         spread=conditions.spread(by_limit),
+        drift=drift,
+        thrown_away=drift > conditions.MAX_DRIFT,
     )
 
 
-def speedups(counts: list[int], samples: list[dict[int, list[Sample]]], peaks: list[float]) -> list[Speedup]:
-    """Each thread count beside the first; `samples` by thread count and tokens, the same routing in each round."""
+def speedups(counts: list[int], lines: Lines) -> list[Speedup]:
+    """Each thread count beside the first, at each number of tokens; pairs of samples have the same routing."""
     found = []
-    for count, taken, peak in zip(counts[1:], samples[1:], peaks[1:], strict=True):
-        for tokens, many in taken.items():
-            pairs = list(zip(samples[0][tokens], many, strict=True))
+    for i, count in list(enumerate(counts))[1:]:
+        for tokens, (by_layer, drift) in lines.items():
+            pairs = list(zip(by_layer[0], by_layer[i], strict=True))
+            few_peak, peak = median_peak(by_layer[0]), median_peak(by_layer[i])
             found.append(
                 Speedup(
                     threads=count,
@@ -303,8 +380,10 @@ def speedups(counts: list[int], samples: list[dict[int, list[Sample]]], peaks: l
                     tokens=tokens,
                     speedup=statistics.median(few.seconds / one.seconds for few, one in pairs),
                     of_the_limit=statistics.median(
-                        few.limit_seconds(peaks[0]) / one.limit_seconds(peak) for few, one in pairs
+                        few.limit_seconds(few_peak) / one.limit_seconds(peak) for few, one in pairs
                     ),
+                    drift=drift,
+                    thrown_away=drift > conditions.MAX_DRIFT,
                 )
             )
     return found
@@ -327,7 +406,7 @@ def describe(args: argparse.Namespace, shape: Shape, layers: list[CpuExperts], e
         "machine": conditions.machine(),
         "commit": conditions.commit(),
         "command": f"{conditions.environment()}python -m kt_kernel.bench layer {' '.join(flags)} "
-        f"--routing {args.routing} --rounds {args.rounds}",
+        f"--routing {args.routing} --rounds {args.rounds}{conditions.attempts_flag(args.attempts)}",
     }
 
 
@@ -339,7 +418,7 @@ def print_tables(result: dict) -> None:
         f"{result['method']}, {result['shape']} (hidden {result['hidden_size']}, intermediate "
         f"{result['intermediate_size']}, {result['num_experts']} experts, top-{result['top_k']}), {result['routing']} "
         f"routing; {result['kernels']}; {result['environment'] or 'KT_FORCE_ISA not set'}; "
-        f"relative error {result['relative_error']:.4f}; the calibration moved by {100 * result['drift']:.1f} %"
+        f"relative error {result['relative_error']:.4f}; the calibration moved by up to {100 * result['drift']:.1f} %"
     )
     for table in result["tables"]:
         print(
@@ -347,34 +426,34 @@ def print_tables(result: dict) -> None:
             f"{table['read_gb_per_s']:.1f} GB/s, peak {table['peak_gops']:.0f} GOPS, dispatch and join "
             f"{table['dispatch_ns']:.0f} ns; {100 * table['huge_page_share']:.0f} % of the weights on huge pages\n"
         )
-        print("| tokens | rows/expert | us | GB/s | of read | GOPS | of peak | of limit | spread |")
-        print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        print("| tokens | rows/expert | us | GB/s | of read | GOPS | of peak | of limit | spread | moved |")
+        print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         for row in table["rows"]:
             print(
                 f"| {row['tokens']} | {row['rows_per_expert']:.2f} | {row['us']:.0f} | {row['gb_per_s']:.1f} | "
                 f"{row['share_of_read']:.2f} | {row['gops']:.0f} | {row['share_of_peak']:.2f} | "
-                f"{row['share_of_limit']:.2f} | {row['spread']:.2f} |"
+                f"{row['share_of_limit']:.2f} | {row['spread']:.2f} | {conditions.moved_cell(row)} |"
             )
     if result["speedups"]:
-        print("\n| threads | tokens | speed-up | of the limit |")
-        print("|---:|---:|---:|---:|")
+        print("\n| threads | tokens | speed-up | of the limit | moved |")
+        print("|---:|---:|---:|---:|---:|")
     for one in result["speedups"]:
         print(
             f"| {one['threads']} beside {one['beside']} | {one['tokens']} | {one['speedup']:.2f} | "
-            f"{one['of_the_limit']:.2f} |"
+            f"{one['of_the_limit']:.2f} | {conditions.moved_cell(one)} |"
         )
 
 
 def plot(result: dict, file: Path) -> None:
-    """Draw a result over the rows of an expert: one line a number of threads, 1 is the roofline."""
+    """Draw a result over the rows of an expert, but for what is thrown away: one line a number of threads."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots(1, 1)
     for table in result["tables"]:
-        rows = [row["rows_per_expert"] for row in table["rows"]]
-        shares = [row["share_of_limit"] for row in table["rows"]]
-        axes.plot(rows, shares, marker="o", label=f"{table['threads']} threads")
+        kept = [row for row in table["rows"] if not row["thrown_away"]]
+        rows = [row["rows_per_expert"] for row in kept]
+        axes.plot(rows, [row["share_of_limit"] for row in kept], marker="o", label=f"{table['threads']} threads")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(
         title=f"{result['method']}, {result['shape']}, {result['routing']} routing",

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the bench."""
     layer.add_layer_arguments(parser)
     parser.add_argument("--chunks", default="256,512,1024,2048", help="tokens of a prefill chunk, comma separated")
-    parser.add_argument("--threads", type=int, default=0, help="0: KT_NUM_THREADS, else the usable cores")
+    parser.add_argument("--threads", type=int, help="default KT_NUM_THREADS, else the usable cores")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -59,7 +59,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         chunks = conditions.positive_numbers("--chunks", args.chunks)
         conditions.positive_numbers("--rounds", str(args.rounds))
-        shape, (experts,), error = layer.prepare(args, [args.threads or None])
+        if args.threads is not None:
+            conditions.positive_numbers("--threads", str(args.threads))
+        shape, (experts,), error = layer.prepare(args, [args.threads])
     except layer.WrongResultError as wrong:
         print(wrong, file=sys.stderr)
         return 1
@@ -92,14 +94,16 @@ def measure(experts: CpuExperts, shape: Shape, chunks: list[int], rounds: int) -
     experts.layer.probe_read()
     experts.layer.probe_peak(milliseconds=100)
     for _ in range(rounds):
-        reads.append(experts.layer.probe_read())
-        peaks.append(experts.layer.probe_peak(milliseconds=5))
+        read, peak = layer.probe_limits(experts)
+        reads.append(read)
+        peaks.append(peak)
         for chunk in chunks:
             ids = layer.draw_experts(shape, chunk + 1, "uniform", generator)
             token, prompt = slice(chunk, chunk + 1), slice(0, chunk)
             alone = layer.forward(experts, shape, hidden[token], ids[token])[0]
             by_itself = layer.forward(experts, shape, hidden[prompt], ids[prompt])[0]
             batched = layer.forward(experts, shape, hidden[: chunk + 1], ids)[0]
+            layer.wake(experts)
             behind = seconds_behind(experts, (hidden[prompt], ids[prompt]), (hidden[token], ids[token]))
             samples[chunk].append((alone, by_itself, batched, behind))
     return {

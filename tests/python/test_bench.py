@@ -31,9 +31,11 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_summarize_takes_medians_of_ratios_within_a_round():
     shape = Shape(100, 10, 4, 2)
-    # reads differ by round, so the ratio must use its own round's
-    samples = [layer.Sample(seconds, 50.0, 30.0, read) for seconds, read in ((1.0, 100.0), (2.0, 50.0), (4.0, 25.0))]
-    row = layer.summarize(8, samples, shape, peak=60.0)
+    # reads differ by sample, so the ratio must use its own; of the peaks it must use the median
+    limits = ((1.0, 100.0, 60.0), (2.0, 50.0, 10.0), (4.0, 25.0, 90.0))
+    samples = [layer.Sample(seconds, 50.0, 30.0, read, peak) for seconds, read, peak in limits]
+    row = layer.summarize(8, samples, shape, drift=0.02)
+    assert (row.drift, row.thrown_away) == (0.02, False)
     assert row.share_of_read == pytest.approx(0.5)
     assert row.share_of_peak == pytest.approx(0.25)
     assert row.share_of_limit == pytest.approx(0.5)
@@ -43,12 +45,96 @@ def test_summarize_takes_medians_of_ratios_within_a_round():
 
 
 def test_the_speed_up_stands_beside_that_of_the_limit_that_binds():
-    one = {1: [layer.Sample(4.0, 100.0, 1.0, 50.0)], 64: [layer.Sample(8.0, 100.0, 80.0, 50.0)]}
-    two = {1: [layer.Sample(3.0, 100.0, 1.0, 60.0)], 64: [layer.Sample(4.0, 100.0, 80.0, 60.0)]}
-    found = layer.speedups([1, 2], [one, two], peaks=[10.0, 20.0])
+    lines = {
+        1: ([[layer.Sample(4.0, 100.0, 1.0, 50.0, 10.0)], [layer.Sample(3.0, 100.0, 1.0, 60.0, 20.0)]], 0.01),
+        64: ([[layer.Sample(8.0, 100.0, 80.0, 50.0, 10.0)], [layer.Sample(4.0, 100.0, 80.0, 60.0, 20.0)]], 0.08),
+    }
+    found = layer.speedups([1, 2], lines)
+    assert [(row.drift, row.thrown_away) for row in found] == [(0.01, False), (0.08, True)]
     assert [(row.tokens, row.beside, row.threads) for row in found] == [(1, 1, 2), (64, 1, 2)]
     assert [row.speedup for row in found] == pytest.approx([4 / 3, 2.0])
     assert [row.of_the_limit for row in found] == pytest.approx([60 / 50, 2.0])
+
+
+def test_the_limit_that_binds_decides_over_a_line_of_the_layer():
+    steady, slower = [10.0] * 8, [10.0] * 4 + [8.0] * 4
+
+    def samples(read: list[float], peak: list[float], operations: float) -> list[layer.Sample]:
+        return [layer.Sample(1.0, 5.0, operations, one, other) for one, other in zip(read, peak, strict=True)]
+
+    assert layer.drift_of(1, [samples(slower, steady, operations=1.0)]) == pytest.approx(0.25)
+    assert layer.drift_of(1, [samples(steady, slower, operations=1.0)]) == 0
+    assert layer.drift_of(1, [samples(steady, slower, operations=9.0)]) == pytest.approx(0.25)
+    assert layer.drift_of(1, [samples(slower, steady, operations=9.0)]) == 0
+    # of several thread counts the largest
+    both = [samples(steady, steady, operations=1.0), samples(slower, steady, operations=1.0)]
+    assert layer.drift_of(1, both) == pytest.approx(0.25)
+
+
+class FakeExperts:
+    """A layer of one thread that notes what is called."""
+
+    def __init__(self, calls: list[str]):
+        self.engine = SimpleNamespace(num_threads=1, num_nodes=1, probe_dispatch=lambda: calls.append("wake") or 500.0)
+        self.layer = SimpleNamespace(
+            handle=0,
+            probe_read=lambda: calls.append("read") or 10.0,
+            probe_peak=lambda milliseconds: calls.append("peak") or 20.0,
+            counters=lambda: {"busy_ns": 1000 * len(calls), "weight_bytes": len(calls), "rows": 0},
+            pages=lambda: {"huge_bytes": 1, "resident_bytes": 2},
+        )
+
+
+def test_each_forward_has_limits_of_its_own_and_finds_the_workers_awake(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer.ops, "moe_forward", lambda *_: calls.append("forward"))
+    shape, tokens = Shape(64, 32, 4, 2), layer.SHORT_TOKENS
+    found = layer.measure([FakeExperts(calls)], shape, [tokens, tokens + 1], "uniform", rounds=2)
+    each = ["wake", "read", "wake", "peak", "wake", "forward"]
+    warm_up = ["read", "peak"]
+    assert calls == warm_up + 2 * (layer.SHORT_SAMPLES + 1) * each
+    assert {key: len(taken) for key, (taken,) in found.items()} == {tokens: 2 * layer.SHORT_SAMPLES, tokens + 1: 2}
+    assert found[tokens + 1][0][0].read == 10.0 and found[tokens + 1][0][0].peak == 20.0
+
+
+def test_lines_of_the_layer_that_stay_thrown_away_are_marked(monkeypatch, capsys):
+    quiet, moved = [[layer.Sample(1.0, 5.0, 1.0, read, 10.0) for read in reads] for reads in ((9, 9), (9, 8))]
+    samples = {1: [quiet, quiet], 64: [quiet, moved]}
+    asked = []
+
+    def measure(layers, shape, keys, *_):
+        asked.append(list(keys))
+        return {key: samples[key] for key in keys}
+
+    monkeypatch.setattr(layer, "measure", measure)
+    layers = [FakeExperts([]), FakeExperts([])]
+    monkeypatch.setattr(layer, "prepare", lambda *_: (Shape(64, 32, 4, 2), layers, 0.01))
+    parser = argparse.ArgumentParser()
+    layer.add_arguments(parser)
+    described = dict.fromkeys(("machine", "commit", "command", "method", "shape", "routing", "kernels"), "")
+    described |= {"hidden_size": 1, "intermediate_size": 1, "num_experts": 4, "top_k": 2}
+    monkeypatch.setattr(layer, "describe", lambda *_: described | {"environment": "", "relative_error": 0.0})
+    flags = ["--tokens", "1,64", "--threads", "1,2", "--attempts", "2"]
+    assert layer.main(parser.parse_args([*flags, "--json"])) == 3
+    out, err = capsys.readouterr()
+    assert asked == [[1, 64], [64]]
+    result = json.loads(out)
+    for rows in (result["tables"][0]["rows"], result["tables"][1]["rows"], result["speedups"]):
+        assert [(row["tokens"], row["thrown_away"]) for row in rows] == [(1, False), (64, True)]
+        assert [row["drift"] for row in rows] == pytest.approx([0, 1 / 8])
+    assert result["drift"] == pytest.approx(1 / 8)
+    assert err == (
+        "1 of 2 lines are thrown away, their calibration moved by more than 7 %; attempt 2 of 2 begins.\n"
+        "thrown away: the calibration of 1 of 2 lines moved by up to 12 % during the run, more than 7 %; run it again "
+        "on a quieter machine.\n"
+    )
+    assert layer.main(parser.parse_args(flags)) == 3
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\|.*\| 12\.5 %, thrown away \|$", out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\|.*\| 0\.0 % \|$", out, re.MULTILINE)) == 3
+    samples[64] = samples[1]
+    assert layer.main(parser.parse_args(flags)) == 0
+    assert "thrown away" not in "".join(capsys.readouterr())
 
 
 def test_experts_are_drawn_once_a_token_and_as_often_as_their_rank_says():
@@ -83,6 +169,8 @@ def test_short_run_checks_its_result_and_prints_json(method):
     (table,) = result["tables"]
     assert [row["tokens"] for row in table["rows"]] == [1, 5] and not result["speedups"]
     assert all(row["us"] > 0 and row["share_of_read"] > 0 for row in table["rows"])
+    assert result["drift"] == max(row["drift"] for row in table["rows"])
+    assert (done.returncode == 3) == any(row["thrown_away"] for row in table["rows"])
     dtype = {"AMXINT8": "int8", "AMXINT4": "int4", "BF16": "bf16"}[method]
     assert 0 < result["relative_error"] < layer.CHECK_BOUND[dtype]
     assert result["command"].startswith(f"python -m kt_kernel.bench layer --method {method}")
@@ -91,11 +179,11 @@ def test_short_run_checks_its_result_and_prints_json(method):
 def test_a_run_of_several_thread_counts_prints_a_table_each_and_the_forced_isa(monkeypatch):
     monkeypatch.setenv("KT_FORCE_ISA", "avx2")
     flags = ["--method", "AMXINT4", "--group-size", "64", "--routing", "zipf", "--shape", "demo"]
-    done = run_bench(*flags, "--tokens", "1,9", "--threads", "1,2", "--rounds", "2")
+    done = run_bench(*flags, "--tokens", "1,9", "--threads", "1,2", "--rounds", "2", "--attempts", "1")
     assert done.returncode in (0, 3), done.stderr
     assert "; KT_FORCE_ISA=avx2; " in done.stdout and "zipf routing; int4 on avx2:" in done.stdout
     assert "`KT_FORCE_ISA=avx2 python -m kt_kernel.bench layer --method AMXINT4 --shape demo " in done.stdout
-    assert "--threads 1,2 --group-size 64 --routing zipf --rounds 2`" in done.stdout
+    assert "--threads 1,2 --group-size 64 --routing zipf --rounds 2 --attempts 1`" in done.stdout
     assert re.findall(r"^(\d) threads on 1 nodes; limits", done.stdout, re.MULTILINE) == ["1", "2"]
     assert re.findall(r"^\| 2 beside 1 \| (\d) \|", done.stdout, re.MULTILINE) == ["1", "9"]
 
@@ -106,6 +194,7 @@ def test_a_run_of_several_thread_counts_prints_a_table_each_and_the_forced_isa(m
         (["--tokens", "1,zero"], "--tokens 1,zero must be positive numbers, comma separated."),
         (["--rounds", "0"], "--rounds 0 must be positive numbers, comma separated."),
         (["--threads", "1,-1"], "--threads 1,-1 must be positive numbers, comma separated."),
+        (["--attempts", "0"], "--attempts 0 must be positive numbers, comma separated."),
         (
             ["--group-size", "32"],
             "group size 32 was given, but AMXINT8 has no groups; only AMXINT4 takes a group size.",
@@ -116,6 +205,15 @@ def test_bad_arguments_are_one_sentence(flags, sentence):
     done = run_bench(*flags)
     assert done.returncode == 2
     assert done.stderr == f"{sentence}\n"
+
+
+@pytest.mark.parametrize("bench", [layer, mixed])
+def test_no_threads_are_refused_before_anything_is_built(monkeypatch, capsys, bench):
+    monkeypatch.setattr(layer, "prepare", lambda *_: pytest.fail("a layer was built"))
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.main(parser.parse_args(["--threads", "0"])) == 2
+    assert capsys.readouterr().err == "--threads 0 must be positive numbers, comma separated.\n"
 
 
 @pytest.mark.parametrize("bench", ["layer", "mixed"])
@@ -178,8 +276,12 @@ def test_the_picture_has_a_line_for_each_thread_count(monkeypatch, tmp_path):
     figures = ModuleType("matplotlib.figure")
     figures.Figure = Figure
     monkeypatch.setitem(sys.modules, "matplotlib.figure", figures)
-    rows = [{"rows_per_expert": 0.5, "share_of_limit": 0.9}, {"rows_per_expert": 64, "share_of_limit": 0.8}]
-    tables = [{"threads": 1, "rows": rows}, {"threads": 2, "rows": rows[:1]}]
+    rows = [
+        {"rows_per_expert": 0.5, "share_of_limit": 0.9, "thrown_away": False},
+        {"rows_per_expert": 64, "share_of_limit": 0.8, "thrown_away": False},
+    ]
+    thrown_away = {"rows_per_expert": 128, "share_of_limit": 0.1, "thrown_away": True}
+    tables = [{"threads": 1, "rows": rows}, {"threads": 2, "rows": [rows[0], thrown_away]}]
     result = {"tables": tables, "method": "BF16", "shape": "demo", "routing": "zipf"}
     layer.plot(result, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text() == "picture"
@@ -244,6 +346,38 @@ def test_a_run_is_thrown_away_when_its_calibration_moved():
     assert conditions.refuse_drift(moved).startswith("thrown away: the calibration moved by 11 % during the run")
 
 
+def test_only_lines_that_moved_are_measured_again(capsys):
+    drifts = {"a": iter([0.01]), "b": iter([0.2, 0.08, 0.07]), "c": iter([0.5, 0.02])}
+    asked = []
+
+    def measure(keys: list[str]) -> dict[str, tuple[str, int]]:
+        asked.append(list(keys))
+        return {key: (key, len(asked)) for key in keys}
+
+    found = conditions.until_quiet("abc", 5, measure, lambda key, _: next(drifts[key]))
+    assert asked == [["a", "b", "c"], ["b", "c"], ["b"]]
+    assert found == {"a": (("a", 1), 0.01), "b": (("b", 3), 0.07), "c": (("c", 2), 0.02)}
+    assert capsys.readouterr().err == (
+        "2 of 3 lines are thrown away, their calibration moved by more than 7 %; attempt 2 of 5 begins.\n"
+        "1 of 3 lines are thrown away, their calibration moved by more than 7 %; attempt 3 of 5 begins.\n"
+    )
+
+
+def test_the_last_attempt_stays_however_it_moved(capsys):
+    attempts = itertools.count(1)
+    found = conditions.until_quiet(
+        [4, 4], 2, lambda keys: dict.fromkeys(keys, next(attempts)), lambda _, samples: samples / 10
+    )
+    assert found == {4: (2, 0.2)} and next(attempts) == 3
+    assert "1 of 1 lines" in capsys.readouterr().err
+    assert conditions.end_of_lines([0.07, 0.0]) == 0
+    assert conditions.end_of_lines([0.07, 0.2, 0.1]) == 3
+    assert capsys.readouterr().err == (
+        "thrown away: the calibration of 2 of 3 lines moved by up to 20 % during the run, more than 7 %; run it again "
+        "on a quieter machine.\n"
+    )
+
+
 @pytest.mark.parametrize("text", ["", "1,", "1,zero", "0,1", "-3"])
 def test_lists_of_numbers_are_refused_in_one_sentence(text):
     assert conditions.positive_numbers("--m", "1,16") == [1, 16]
@@ -253,24 +387,53 @@ def test_lists_of_numbers_are_refused_in_one_sentence(text):
 
 def test_kernels_are_summarized_by_medians_of_ratios_within_a_round():
     taken = kernels.Samples(read=[100.0, 50.0, 25.0], peak=[80.0] * 3, stream=[50.0, 25.0, 12.5], hot=[40.0] * 3)
-    row = kernels.summarize("int8", "gemm", 2, taken, panel_bytes=256, k=1)
-    assert row.share_of_read == pytest.approx(0.5)
     # 2 * m * 64 * k operations a panel of 256 bytes are one operation a byte
+    assert kernels.operations_a_byte(2, panel_bytes=256, k=1) == 1
+    row = kernels.summarize("int8", "gemm", 2, taken, 1.0, drift=0.2)
+    assert (row.drift, row.thrown_away) == (0.2, True)
+    assert row.share_of_read == pytest.approx(0.5)
     assert row.gops == pytest.approx(25e-9)
     assert row.share_of_peak == pytest.approx(25 / 80)
     assert row.hot_share_of_peak == pytest.approx(0.5)
     assert row.spread == pytest.approx(0.0)
 
 
-def test_the_drift_of_the_kernels_limits_is_that_of_most_samples():
-    steady, other = [10.0] * 8, [300.0] * 8
-    outlier = [10.0] * 7 + [1.0]
-    samples = {("a", 1): kernels.Samples(steady, steady), ("b", 1): kernels.Samples(other, steady)}
-    samples["c", 1] = kernels.Samples(outlier, steady)
-    assert kernels.drift_of(samples, 8) == pytest.approx(0.0)
-    slower = [10.0] * 4 + [8.0] * 4
-    samples = {("a", 1): kernels.Samples(steady, slower), ("b", 1): kernels.Samples(steady, slower)}
-    assert kernels.drift_of(samples, 8) == pytest.approx(0.25)
+def test_the_limit_that_binds_decides_over_a_line_of_the_kernels():
+    steady, slower = [10.0] * 8, [10.0] * 4 + [8.0] * 4
+    for read, peak, operations, drift in (
+        (slower, steady, 0.1, 0.25),
+        (steady, slower, 0.1, 0),
+        (steady, slower, 9.0, 0.25),
+        (slower, steady, 9.0, 0),
+    ):
+        taken = kernels.Samples(read=read, peak=peak, stream=[5.0] * 8, hot=steady)
+        assert kernels.drift_of(taken, operations) == pytest.approx(drift)
+
+
+def test_lines_of_the_kernels_that_stay_thrown_away_are_marked(monkeypatch, capsys):
+    reads = {1: (9.0, 9.0), 2: (9.0, 8.0)}
+    asked = []
+
+    def measure(bench, keys, rounds):
+        asked.append([m for _, m in keys])
+        return {key: kernels.Samples([*reads[key[1]]], [1e9, 1e9], [5.0, 5.0], [5.0, 5.0]) for key in keys}
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    flags = ["--filter", "bf16 gemm_bf16_bf16_fp32_1x64x2_reference", "--m", "1,2", "--k", "64", "--attempts", "2"]
+    assert kernels.main(parser.parse_args([*flags, "--json"])) == 3
+    out, err = capsys.readouterr()
+    assert asked == [[1, 2], [2]]
+    result = json.loads(out)
+    assert [(row["m"], row["thrown_away"]) for row in result["rows"]] == [(1, False), (2, True)]
+    assert [row["drift"] for row in result["rows"]] == pytest.approx([0, 1 / 8])
+    assert result["drift"] == pytest.approx(1 / 8) and result["command"].endswith(" --attempts 2")
+    assert err.count("\n") == 2 and "thrown away: the calibration of 1 of 2 lines moved by up to 12 %" in err
+    assert kernels.main(parser.parse_args(flags[:-2])) == 3
+    out = capsys.readouterr().out
+    assert asked[2:] == [[1, 2], [2], [2]] and "--attempts" not in out
+    assert re.findall(r"\| (\d+\.\d %.*) \|$", out, re.MULTILINE) == ["0.0 %", "12.5 %, thrown away"]
 
 
 @pytest.mark.parametrize("format_name", ["int8", "int4g128", "int4", "bf16"])
@@ -304,6 +467,7 @@ def test_a_wrong_kernel_ends_the_bench_before_it_measures(monkeypatch, capsys):
     [
         (["--m", "1,x"], "--m 1,x must be positive numbers, comma separated."),
         (["--rounds", "0"], "--rounds 0 must be positive numbers, comma separated."),
+        (["--attempts", "-1"], "--attempts -1 must be positive numbers, comma separated."),
         (["--filter", "int5"], "--filter int5 leaves no kernel that may run here; python -m kt_kernel.collect_env"),
         (["--k", "100"], "k is 100; it must be a multiple of 64 up to 65536."),
     ],
