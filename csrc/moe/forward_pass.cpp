@@ -111,7 +111,7 @@ void ForwardPass::run() {
     const auto second = [&](const Worker& worker) {
       const WorkerBuffers mine = buffers(worker);
       for (int64_t r = 0; r < routing_.num_rows(); ++r)
-        quantize_intermediate(r, mine.row, mine.rows);
+        quantize_intermediate(r, r, mine.row, mine.rows);
       compute_w2(worker, mine, mine.rows);
     };
     pool_.run({first, second});
@@ -126,10 +126,7 @@ void ForwardPass::run() {
     compute_w13(worker, buffers(worker), shared_tokens_);
   };
   const auto quantize_rows = [&](const Worker& worker) {
-    const WorkerBuffers mine = buffers(worker);
-    const IndexRange part = even_part(routing_.num_rows(), worker.index, pool_.num_threads());
-    for (int64_t r = part.begin; r < part.end; ++r)
-      quantize_intermediate(r, mine.row, shared_rows_);
+    quantize_rows_left(worker, buffers(worker));
   };
   const auto w2 = [&](const Worker& worker) { compute_w2(worker, buffers(worker), shared_rows_); };
   pool_.run({quantize_tokens, w13, quantize_rows, w2});
@@ -213,10 +210,10 @@ void ForwardPass::quantize_token(int64_t token, float* row, const ActivationRows
   quantize_row(row, n, token, Projection::kW13, out);
 }
 
-void ForwardPass::quantize_intermediate(int64_t row_idx, float* row,
+void ForwardPass::quantize_intermediate(int64_t row_idx, int64_t source, float* row,
                                         const ActivationRows& out) const {
   const int64_t n = store_.config().intermediate_size;
-  std::memcpy(row, intermediate_ + row_idx * intermediate_stride_, n * sizeof(float));
+  std::memcpy(row, intermediate_ + source * intermediate_stride_, n * sizeof(float));
   std::fill(row + n, row + store_.padded_k(Projection::kW2), 0.0f);
   quantize_row(row, n, row_idx, Projection::kW2, out);
 }
@@ -284,33 +281,75 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   }
 }
 
+IndexRange ForwardPass::whole_experts(int worker) const {
+  if (few_rows_ || pool_.num_nodes() > 1) return {0, 0};
+  const int64_t panels = store_.node_panels(Projection::kW13, 0).size();
+  const IndexRange units = scratch_.w13_splits[0]->static_units(worker);
+  const int64_t begin = ceil_div(units.begin, panels);
+  return {begin, std::max(begin, units.end / panels)};
+}
+
 void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
                               const ActivationRows& tokens) {
   const IndexRange panels = store_.node_panels(Projection::kW13, worker.node);
+  const IndexRange whole = whole_experts(worker.index);
   WorkSplit& split = *scratch_.w13_splits[worker.node];
   const auto compute = [&](int64_t unit, bool has_next) {
+    const int64_t item = split.item(unit);
     const int64_t p = panels.begin + split.panel(unit);
     const uint8_t* next = nullptr;
     if (has_next) {
       next = store_.panel(Projection::kW13, routing_.experts[split.item(unit + 1)],
                           panels.begin + split.panel(unit + 1));
     }
-    multiply_panel(
-        Projection::kW13, split.item(unit), p, next, tokens, mine,
-        [&](int32_t first, int32_t count, const float* tile) {
-          float* out = intermediate_ + first * intermediate_stride_ + p * (kPanelColumns / 2);
-          for (int32_t r = 0; r < count; ++r) {
-            const float* gate = tile + r * kPanelColumns;
-            kernels_.rowwise->silu_and_mul(gate, gate + kPanelColumns / 2,
-                                           out + r * intermediate_stride_, kPanelColumns / 2);
-          }
-        });
+    const bool is_whole = whole.begin <= item && item < whole.end;
+    const int64_t rows_begin = routing_.offsets[item];
+    const int64_t shift = is_whole ? routing_.offsets[whole.begin] - rows_begin : 0;
+    multiply_panel(Projection::kW13, item, p, next, tokens, mine,
+                   [&](int32_t first, int32_t count, const float* tile) {
+                     float* out = intermediate_ + (first + shift) * intermediate_stride_ +
+                                  p * (kPanelColumns / 2);
+                     for (int32_t r = 0; r < count; ++r) {
+                       const float* gate = tile + r * kPanelColumns;
+                       kernels_.rowwise->silu_and_mul(gate, gate + kPanelColumns / 2,
+                                                      out + r * intermediate_stride_,
+                                                      kPanelColumns / 2);
+                     }
+                   });
+    if (!is_whole || p + 1 < panels.end) return;
+    for (int64_t r = rows_begin; r < routing_.offsets[item + 1]; ++r)
+      quantize_intermediate(r, r + shift, mine.row, shared_rows_);
   };
   const IndexRange mine_first = split.static_units(worker.index_in_node);
   for (int64_t unit = mine_first.begin; unit < mine_first.end; ++unit)
     compute(unit, unit + 1 < mine_first.end);
   for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
     compute(unit, false);
+}
+
+void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& mine) {
+  const auto rows_of = [&](IndexRange experts) {
+    return IndexRange{routing_.offsets[experts.begin], routing_.offsets[experts.end]};
+  };
+  int64_t left = routing_.num_rows();
+  for (int w = 0; w < pool_.num_threads(); ++w) left -= rows_of(whole_experts(w)).size();
+  const IndexRange part = even_part(left, worker.index, pool_.num_threads());
+  int64_t seen = 0;  // rows left, up to `begin`
+  const auto quantize = [&](int64_t begin, int64_t end) {
+    const int64_t first = std::max(part.begin - seen, int64_t{0});
+    const int64_t last = std::min(part.end - seen, end - begin);
+    for (int64_t r = first; r < last; ++r)
+      quantize_intermediate(begin + r, begin + r, mine.row, shared_rows_);
+    seen += end - begin;
+  };
+  int64_t row = 0;
+  for (int w = 0; w < pool_.num_threads(); ++w) {
+    const IndexRange whole = rows_of(whole_experts(w));
+    if (whole.size() == 0) continue;
+    quantize(row, whole.begin);
+    row = whole.end;
+  }
+  quantize(row, routing_.num_rows());
 }
 
 void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine,

@@ -34,8 +34,9 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
 //                 SiLU and multiply
 //              2. quantize intermediate rows (the same way); w2 panels, weighted sum
 //   many rows  1. quantize tokens (shared)
-//              2. w13 panels, SiLU and multiply
-//              3. quantize rows (shared)
+//              2. w13 panels, SiLU and multiply; a worker that has all panels of an expert
+//                 quantizes its rows as well, while its cache holds them
+//              3. quantize the rows left (shared)
 //              4. w2 panels, weighted sum
 //
 // A worker owns whole output columns of w2 and walks the experts in ascending order: the sum needs
@@ -65,7 +66,9 @@ class ForwardPass {
   ActivationRows activations_at(uint8_t* base, int64_t rows, Projection projection) const;
 
   void quantize_token(int64_t token, float* row, const ActivationRows& out) const;
-  void quantize_intermediate(int64_t row_idx, float* row, const ActivationRows& out) const;
+  // Row `source` of the intermediate as row `row_idx` of `out`.
+  void quantize_intermediate(int64_t row_idx, int64_t source, float* row,
+                             const ActivationRows& out) const;
   void quantize_row(float* row, int64_t k, int64_t row_idx, Projection projection,
                     const ActivationRows& out) const;
 
@@ -73,7 +76,13 @@ class ForwardPass {
   void multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
                       const uint8_t* next_panel, const ActivationRows& rows,
                       const WorkerBuffers& mine, Consume&& consume) const;
+  // Experts, by position in the routing, whose w13 panels all fall to this worker: one after the
+  // other they use the intermediate rows of the first, so the writes stay in the cache. None with
+  // several nodes, where a node has a share of the columns, and with few rows.
+  IndexRange whole_experts(int worker) const;
   void compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens);
+  // The worker's even part of the rows of all other experts.
+  void quantize_rows_left(const Worker& worker, const WorkerBuffers& mine);
   void compute_w2(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& rows);
   void compute_w2_panel(int64_t p, const WorkerBuffers& mine, const ActivationRows& rows) const;
   void store_columns(float* columns, int64_t p) const;

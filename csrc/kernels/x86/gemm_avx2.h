@@ -50,6 +50,18 @@ inline __m256i broadcast_dword(const void* src) {
 inline void pin(__m256i& v) { asm("" : "+x"(v)); }
 inline void pin(__m256& v) { asm("" : "+x"(v)); }
 
+// Asks for bytes `offset` .. `offset + bytes` of up to `rows` rows of activations from row `begin`
+// on. Every panel reads all rows anew, from the L3, in pieces too short for the caches' own
+// prefetch: a row block fetches those of the next one.
+inline void prefetch_rows(const GemmArgs& args, int begin, int rows, int64_t offset,
+                          int64_t bytes) {
+  for (int i = begin; i < args.m && i < begin + rows; ++i) {
+    const uint8_t* a = activation_row(args, i) + offset;
+    for (int64_t at = 0; at < bytes; at += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(a + at), _MM_HINT_T0);
+  }
+}
+
 // Lines the int8 and bf16 tiles ask for while they work on step s. One row runs through the panel
 // once and looks a little ahead in it; more rows pass over their chunk several times, and each pass
 // fetches its columns of the next chunk.

@@ -172,7 +172,10 @@ void tile(const GemmArgs& args, int begin, int column) {
 
 template <int kRows, bool kExpanded>
 void row_block(const GemmArgs& args, int begin) {
-  for (int column = 0; column < kPanelColumns; column += tile_vectors(kRows) * 8) {
+  constexpr int kColumns = tile_vectors(kRows) * 8;
+  const int64_t part = args.k * kColumns / kPanelColumns;  // bytes of a row that a pass fetches
+  for (int column = 0; column < kPanelColumns; column += kColumns) {
+    prefetch_rows(args, begin + kRows, kRows, part * (column / kColumns), part);
     tile<kRows, kExpanded>(args, begin, column);
   }
 }

@@ -48,13 +48,29 @@ struct Tile {
   }
 };
 
+// The share of a group of k in the lines of next_row_lines(), rounded up.
+inline int64_t next_row_lines_of_group(const GemmArgs& args, const RowBlock& block, int rows) {
+  const int64_t lines = next_row_lines(args, block, rows, args.k / 8);
+  return (lines * args.group_size + args.k - 1) / args.k;
+}
+
+inline const uint8_t* prefetch_lines(const uint8_t* source, int64_t lines) {
+  for (; lines > 0; --lines, source += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(source), _MM_HINT_T0);
+  return source;
+}
+
 // Reads the packed panel, 8 k in a step, low nibbles first, and all 64 columns: one ascending
-// stream. If kPrefetch, fetches two lines a step of the next panel.
+// stream. If kPrefetch, fetches two lines a step of the next panel; after each group, its share of
+// the next rows.
 template <int kRows, bool kPrefetch>
-inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
+inline void run_packed(const GemmArgs& args, const RowBlock& block, const uint8_t* next) {
+  const int row = block.row;
+  const int64_t group_lines = next_row_lines_of_group(args, block, kRows);
   Tile<kRows, 4> tile;
   const int32_t* group_sum[kRows];
   tile.start(args, row, group_sum);
+  const uint8_t* next_rows = tile.a[0] + kRows * args.a_stride_bytes;
   const uint8_t* panel = args.panel;
   int64_t k = 0;
   for (int64_t group = 0; k < args.k; ++group) {
@@ -78,6 +94,7 @@ inline void run_packed(const GemmArgs& args, int row, const uint8_t* next) {
       prefetch_two_lines(next);
       next += 2 * kPanelColumns;
     }
+    next_rows = prefetch_lines(next_rows, group_lines);
   }
   store_int4_tile(args, row, 0, tile.total);
 }
@@ -88,20 +105,26 @@ struct PackedTile {
   template <int kRows>
   static void run(const GemmArgs& args, const RowBlock& block) {
     if (const uint8_t* next = prefetch_source(args, block)) {
-      run_packed<kRows, true>(args, block.row, next);
+      run_packed<kRows, true>(args, block, next);
     } else {
-      run_packed<kRows, false>(args, block.row, nullptr);
+      run_packed<kRows, false>(args, block, nullptr);
     }
   }
 };
 
 // Reads 32 columns of the scratch of ExpandFn: 4 k in a step, fp32 scales behind the codes. If
-// kPrefetch, fetches a line a step of the next panel, which is packed and so half as long.
+// kPrefetch, fetches a line a step of the next panel, which is packed and so half as long. The
+// second half of the columns fetches the next rows.
 template <int kRows, bool kPrefetch>
-inline void run_expanded(const GemmArgs& args, int row, int first_line, const uint8_t* next) {
+inline void run_expanded(const GemmArgs& args, const RowBlock& block, int first_line,
+                         const uint8_t* next) {
+  const int row = block.row;
+  const int64_t group_lines =
+      first_line > 0 ? next_row_lines_of_group(args, block, kRows) : int64_t{0};
   Tile<kRows, 2> tile;
   const int32_t* group_sum[kRows];
   tile.start(args, row, group_sum);
+  const uint8_t* next_rows = tile.a[0] + kRows * args.a_stride_bytes;
   const uint8_t* panel = args.panel + 64 * first_line;
   const uint8_t* scales = panel + int64_t{kPanelColumns} * args.k;
   int64_t k = 0;
@@ -119,6 +142,7 @@ inline void run_expanded(const GemmArgs& args, int row, int first_line, const ui
     }
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) tile.fold_group(j, _mm512_load_ps(scales + 64 * j));
+    next_rows = prefetch_lines(next_rows, group_lines);
   }
   store_int4_tile(args, row, first_line, tile.total);
 }
@@ -130,11 +154,11 @@ struct ExpandedTile {
     if (block.index == 0 && args.next_panel != nullptr) {
       // The two halves of the columns fetch one half of the next panel each.
       const int64_t half_bytes = 32 * int64_t{args.k} / 2;
-      run_expanded<kRows, true>(args, block.row, 0, args.next_panel);
-      run_expanded<kRows, true>(args, block.row, 2, args.next_panel + half_bytes);
+      run_expanded<kRows, true>(args, block, 0, args.next_panel);
+      run_expanded<kRows, true>(args, block, 2, args.next_panel + half_bytes);
     } else {
-      run_expanded<kRows, false>(args, block.row, 0, nullptr);
-      run_expanded<kRows, false>(args, block.row, 2, nullptr);
+      run_expanded<kRows, false>(args, block, 0, nullptr);
+      run_expanded<kRows, false>(args, block, 2, nullptr);
     }
   }
 };

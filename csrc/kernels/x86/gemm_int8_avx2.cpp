@@ -142,6 +142,7 @@ void gemm_s8_int8_fp32_6x16x4_avx2(const GemmArgs& args) {
     for (int i = 0; i < args.m;) {
       const int rows = block_rows(args.m, i, kMaxRows);
       prepare(args, i, rows, k_begin, k_count, &pairs);
+      prefetch_rows(args, i + rows, kMaxRows, k_begin, k_count);
       kRowBlocks[rows - 1](pairs, chunk, k_count / 4, k_begin == 0, sums + i * args.c_stride,
                            args.c_stride, {after, i == 0 ? kStepBytes : 0});
       i += rows;
