@@ -64,10 +64,16 @@ def packed_bytes(layout: str, *, hidden_size: int, intermediate_size: int) -> tu
 
 # csrc/moe/moe_layer.cpp cuts a batch into passes of at most so many tokens and rows (tokens x top_k).
 _PASS_TOKENS, _PASS_ROWS = 4096, 32768
-# csrc/moe/forward_pass.cpp: columns of a panel, rows of a tile, and the activation values up to which every worker
-# quantizes all of them for itself.
-_PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES = 64, 48, 16384
+# csrc/moe/forward_pass.cpp: columns of a panel, rows of a tile, the activation values up to which every worker
+# quantizes all of them for itself, and the output sums that it keeps at a time.
+_PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES, _SUMS_BYTES = 64, 48, 16384, 256 << 10
 _HUGE_PAGE = 2 << 20
+
+
+def _sums(tokens: int, hidden_size: int) -> int:
+    """Most bytes of a worker's output sums, for up to so many tokens: as many w2 panels as fit _SUMS_BYTES, or one."""
+    panel = 4 * tokens * _PANEL_COLUMNS
+    return max(panel, min(_SUMS_BYTES, panel * -(-hidden_size // _PANEL_COLUMNS)))
 
 
 def scratch_bytes(
@@ -81,7 +87,7 @@ def scratch_bytes(
 ) -> int:
     """Most that an engine's buffers can grow to: ``Engine.scratch_bytes`` after any batches of up to `num_tokens`.
 
-    ``intermediate[rows, I] fp32 + codes[tokens, H] + codes[rows, I] + threads x (columns[tokens, 64] fp32 + ...)``
+    ``intermediate[rows, I] fp32 + codes[tokens, H] + codes[rows, I] + threads x (sums[panels, tokens, 64] fp32 + ...)``
 
     Parameters
     ----------
@@ -111,8 +117,8 @@ def scratch_bytes(
         row_codes = max(row_codes, codes(rows, narrow))
         k, groups = (max(wide[name], narrow[name]) for name in ("padded_k", "num_groups"))
         expanded = (k + 4 * groups) * _PANEL_COLUMNS if layout.startswith("int4") else 0
-        columns = 4 * tokens * _PANEL_COLUMNS
-        few = 4 * few_tokens * _PANEL_COLUMNS + codes(few_tokens, wide) + codes(few_rows, narrow)
+        columns = _sums(tokens, hidden_size)
+        few = _sums(few_tokens, hidden_size) + codes(few_tokens, wide) + codes(few_rows, narrow)
         worker = max(worker, 4 * _TILE_ROWS * _PANEL_COLUMNS + 4 * k + 64 + expanded + max(columns, few))
     intermediate = 4 * rows * -(-intermediate_size // _PANEL_COLUMNS) * _PANEL_COLUMNS
     return sum(map(_grown, (intermediate, token_codes, row_codes))) + num_threads * _grown(worker)

@@ -19,6 +19,11 @@ constexpr int64_t kRedundantValues = 16384;
 // read.
 constexpr int64_t kMemoryBoundRows = 4;
 
+// Sums that a worker keeps while it walks through the experts: those of as many w2 panels as fit a
+// quarter of an L2 of 1 MB. More panels at a time make longer streams of an expert's weights, and
+// read its activations less often.
+constexpr int64_t kSumsBytes = 256 << 10;
+
 constexpr int64_t kLine = 64;
 
 int64_t line_up(int64_t bytes) { return round_up(bytes, kLine); }
@@ -157,6 +162,14 @@ ActivationRows ForwardPass::activations_at(uint8_t* base, int64_t rows,
   return out;
 }
 
+int64_t ForwardPass::panel_sums() const { return int64_t{input_.num_tokens} * kPanelColumns; }
+
+int64_t ForwardPass::panels_together() const {
+  const int64_t fitting = kSumsBytes / (panel_sums() * static_cast<int64_t>(sizeof(float)));
+  const int64_t panels = ceil_div(store_.config().hidden_size, kPanelColumns);
+  return std::clamp<int64_t>(fitting, 1, panels);
+}
+
 ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
   const PackedLayout& layout = store_.config().layout;
   const int64_t k = std::max(store_.padded_k(Projection::kW13), store_.padded_k(Projection::kW2));
@@ -167,7 +180,7 @@ ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
                                      ? k * kPanelColumns + layout.num_groups(k) * kPanelColumns * 4
                                      : 0;
   const int64_t column_bytes =
-      int64_t{input_.num_tokens} * kPanelColumns * static_cast<int64_t>(sizeof(float));
+      panels_together() * panel_sums() * static_cast<int64_t>(sizeof(float));
   const int64_t token_bytes = few_rows_ ? activation_bytes(input_.num_tokens, Projection::kW13) : 0;
   const int64_t code_bytes = few_rows_ ? activation_bytes(routing_.num_rows(), Projection::kW2) : 0;
 
@@ -354,35 +367,43 @@ void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& 
 
 void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine,
                              const ActivationRows& rows) {
-  const IndexRange panels = store_.node_panels(Projection::kW2, worker.node);
+  const int64_t first = store_.node_panels(Projection::kW2, worker.node).begin;
   WorkSplit& split = *scratch_.w2_splits[worker.node];
-  const IndexRange mine_first = split.static_units(worker.index_in_node);
-  for (int64_t unit = mine_first.begin; unit < mine_first.end; ++unit) {
-    compute_w2_panel(panels.begin + unit, mine, rows);
-  }
-  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit()) {
-    compute_w2_panel(panels.begin + unit, mine, rows);
-  }
+  const IndexRange units = split.static_units(worker.index_in_node);
+  const int64_t together = panels_together();
+  for (int64_t unit = units.begin; unit < units.end; unit += together)
+    compute_w2_panels({first + unit, first + std::min(unit + together, units.end)}, mine, rows);
+  for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
+    compute_w2_panels({first + unit, first + unit + 1}, mine, rows);
 }
 
-void ForwardPass::compute_w2_panel(int64_t p, const WorkerBuffers& mine,
-                                   const ActivationRows& rows) const {
-  std::memset(mine.columns, 0, int64_t{input_.num_tokens} * kPanelColumns * sizeof(float));
+void ForwardPass::compute_w2_panels(IndexRange panels, const WorkerBuffers& mine,
+                                    const ActivationRows& rows) const {
+  const int64_t sums = panel_sums();
+  std::memset(mine.columns, 0, panels.size() * sums * sizeof(float));
   const int64_t num_experts = static_cast<int64_t>(routing_.experts.size());
   for (int64_t i = 0; i < num_experts; ++i) {
-    const uint8_t* next =
-        i + 1 < num_experts ? store_.panel(Projection::kW2, routing_.experts[i + 1], p) : nullptr;
-    multiply_panel(Projection::kW2, i, p, next, rows, mine,
-                   [&](int32_t first, int32_t count, const float* tile) {
-                     for (int32_t r = 0; r < count; ++r) {
-                       kernels_.rowwise->add_scaled(
-                           tile + r * kPanelColumns, routing_.weight[first + r],
-                           mine.columns + int64_t{routing_.token[first + r]} * kPanelColumns,
-                           kPanelColumns);
-                     }
-                   });
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const uint8_t* next = nullptr;
+      if (p + 1 < panels.end) {
+        next = store_.panel(Projection::kW2, routing_.experts[i], p + 1);
+      } else if (i + 1 < num_experts) {
+        next = store_.panel(Projection::kW2, routing_.experts[i + 1], panels.begin);
+      }
+      float* const columns = mine.columns + (p - panels.begin) * sums;
+      multiply_panel(Projection::kW2, i, p, next, rows, mine,
+                     [&](int32_t first, int32_t count, const float* tile) {
+                       for (int32_t r = 0; r < count; ++r) {
+                         kernels_.rowwise->add_scaled(
+                             tile + r * kPanelColumns, routing_.weight[first + r],
+                             columns + int64_t{routing_.token[first + r]} * kPanelColumns,
+                             kPanelColumns);
+                       }
+                     });
+    }
   }
-  store_columns(mine.columns, p);
+  for (int64_t p = panels.begin; p < panels.end; ++p)
+    store_columns(mine.columns + (p - panels.begin) * sums, p);
 }
 
 void ForwardPass::store_columns(float* columns, int64_t p) const {

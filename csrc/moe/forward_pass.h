@@ -55,12 +55,14 @@ class ForwardPass {
     float* tile = nullptr;        // [kRowBlock, 64]
     float* row = nullptr;         // one fp32 row
     uint8_t* expanded = nullptr;  // one expanded int4 panel
-    float* columns = nullptr;     // [num_tokens, 64] sums of one w2 panel
+    float* columns = nullptr;     // [panels_together(), num_tokens, 64] sums of w2 panels
     ActivationRows tokens;        // few rows only
     ActivationRows rows;
     PanelReads* reads = nullptr;
   };
 
+  int64_t panel_sums() const;  // of one w2 panel
+  int64_t panels_together() const;
   WorkerBuffers buffers(const Worker& worker) const;
   int64_t activation_bytes(int64_t rows, Projection projection) const;
   ActivationRows activations_at(uint8_t* base, int64_t rows, Projection projection) const;
@@ -84,7 +86,8 @@ class ForwardPass {
   // The worker's even part of the rows of all other experts.
   void quantize_rows_left(const Worker& worker, const WorkerBuffers& mine);
   void compute_w2(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& rows);
-  void compute_w2_panel(int64_t p, const WorkerBuffers& mine, const ActivationRows& rows) const;
+  void compute_w2_panels(IndexRange panels, const WorkerBuffers& mine,
+                         const ActivationRows& rows) const;
   void store_columns(float* columns, int64_t p) const;
 
   const ExpertStore& store_;
