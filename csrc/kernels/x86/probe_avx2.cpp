@@ -15,7 +15,7 @@ uint64_t read_probe_avx2(const uint8_t* data, int64_t bytes) {
   for (; at + kStride <= bytes; at += kStride) {
     for (int i = 0; i < 8; ++i) {
       if (i % 2 == 0)
-        _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 32), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 32), _MM_HINT_T1);
       sum[i] = _mm256_xor_si256(
           sum[i], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + at + i * 32)));
     }

@@ -6,8 +6,9 @@
 
 namespace kt {
 
-// Eight lines in flight and a prefetch of 4 KB ahead: with plain loads one Zen4 core reads 22 GB/s,
-// with these 31-34.
+// Eight lines in flight and a prefetch of 4 KB ahead: with plain loads one Zen4 core that has its
+// caches for itself reads 22 GB/s, with these 31-34. Into the L2: while a neighbour's thread runs on
+// the same core, plain loads read 25.7 GB/s, a prefetch into the L1 22.9 and one into the L2 26.0.
 uint64_t read_probe_avx512(const uint8_t* data, int64_t bytes) {
   constexpr int64_t kAhead = 4096;
   constexpr int64_t kStride = 512;
@@ -16,7 +17,7 @@ uint64_t read_probe_avx512(const uint8_t* data, int64_t bytes) {
   int64_t at = 0;
   for (; at + kStride <= bytes; at += kStride) {
     for (int i = 0; i < 8; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 64), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(data + at + kAhead + i * 64), _MM_HINT_T1);
       sum[i] = _mm512_xor_si512(sum[i], _mm512_load_si512(data + at + i * 64));
     }
   }
