@@ -22,7 +22,7 @@ from kt_kernel.bench.shapes import SHAPES, Shape
 from kt_kernel.experts import packed_bytes
 from kt_kernel.methods import METHODS, Method
 
-# Both barriers of a layer with a hundred threads; two threads need 0.3 to 0.8 us (docs/measurements.md).
+# Both barriers of a layer with a hundred threads; two threads need 0.2 to 0.9 us (docs/performance.md).
 DISPATCH_SECONDS = 5e-6
 # What a second socket adds to the first, each reading its own memory: the target of this project, not measured.
 SECOND_SOCKET = 0.85
@@ -80,12 +80,12 @@ class Efficiency:
     peak: float
 
 
-# The layer bench on two Zen 4 cores, table "One layer" of docs/measurements.md: the smallest share of read at 1 to 8
+# The layer bench on two Zen 4 cores, table "One layer" of docs/measurements.md: the smallest share of read at 1 to 4
 # tokens (above 1 is noise), and the share of peak at 64 rows an expert.
 EFFICIENCY = {
-    "AMXINT4": Efficiency(read=0.95, peak=0.77),
-    "AMXINT8": Efficiency(read=0.97, peak=0.83),
-    "BF16": Efficiency(read=1.00, peak=0.88),
+    "AMXINT4": Efficiency(read=0.93, peak=0.75),
+    "AMXINT8": Efficiency(read=0.93, peak=0.83),
+    "BF16": Efficiency(read=1.00, peak=0.89),
 }
 
 

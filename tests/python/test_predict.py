@@ -34,13 +34,13 @@ def test_the_page_has_the_commands_tables() -> None:
 
 
 def test_shares_are_the_measured_ones() -> None:
-    """Of read: the smallest of 1 to 8 tokens, at most 1; of peak: at 64 rows an expert."""
+    """Of read: the smallest of 1 to 4 tokens, at most 1; of peak: at 64 rows an expert."""
     rows = re.findall(r"^\|(?: *[\d.]+ *\|){8}$", (DOCS / "measurements.md").read_text(), re.MULTILINE)
     figures = {int(row.split("|")[1]): [float(cell) for cell in row.split("|")[3:9]] for row in rows}
-    assert list(figures) == [1, 2, 4, 8, 64, 256, 1024], "the table One layer"
+    assert list(figures) == [1, 2, 4, 1024], "the table One layer"
     page = (DOCS / "predictions.md").read_text()
     for i, name in enumerate(("AMXINT8", "AMXINT4", "BF16")):
-        read = min(1.0, *(figures[tokens][2 * i] for tokens in (1, 2, 4, 8)))
+        read = min(1.0, *(figures[tokens][2 * i] for tokens in (1, 2, 4)))
         expected = predict.Efficiency(read=read, peak=figures[1024][2 * i + 1])
         assert predict.EFFICIENCY[name] == expected
         assert re.search(rf"share of read, decoding \| .*\b{name} {expected.read:.2f}", page)

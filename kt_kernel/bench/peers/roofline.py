@@ -14,7 +14,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     runs = result["runs"]
     bits = sorted({row["bits"] for run in runs for row in run["rows"]})
-    figure = Figure(figsize=(5 * len(bits), 4 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(5 * len(bits), 4.8 * len(runs)), layout="constrained")
     pictures = figure.subplots(len(runs), len(bits), squeeze=False)
     for run, line in zip(runs, pictures, strict=True):
         for width, axes in zip(bits, line, strict=True):
@@ -42,5 +42,5 @@ def draw(result: dict[str, Any], file: Path) -> None:
             axes.set_ylabel("share of what the machine allows")
             axes.axhline(1.0, color="black", linewidth=0.8)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # hides no line
     figure.savefig(file, dpi=150)
