@@ -78,9 +78,9 @@ class ForwardPass {
   void multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
                       const uint8_t* next_panel, const ActivationRows& rows,
                       const WorkerBuffers& mine, Consume&& consume) const;
-  // Experts, by position in the routing, whose w13 panels all fall to this worker: one after the
-  // other they use the intermediate rows of the first, so the writes stay in the cache. None with
-  // several nodes, where a node has a share of the columns, and with few rows.
+  // Experts, by position in the routing, whose w13 panels all fall to this worker. Each in turn
+  // uses the intermediate rows from those of the first on, so the writes stay in the cache. None
+  // with several nodes, where a node has a share of the columns, and with few rows.
   IndexRange whole_experts(int worker) const;
   void compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens);
   // The worker's even part of the rows of all other experts.

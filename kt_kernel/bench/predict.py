@@ -22,7 +22,7 @@ from kt_kernel.bench.shapes import SHAPES, Shape
 from kt_kernel.experts import packed_bytes
 from kt_kernel.methods import METHODS, Method
 
-# Both barriers of a layer with a hundred threads; two threads need 0.2 to 0.9 us (docs/performance.md).
+# Both barriers of a layer with a hundred threads; two threads need 0.2 to 0.3 us (docs/measurements.md).
 DISPATCH_SECONDS = 5e-6
 # What a second socket adds to the first, each reading its own memory: the target of this project, not measured.
 SECOND_SOCKET = 0.85
@@ -81,7 +81,7 @@ class Efficiency:
 
 
 # The layer bench on two Zen 4 cores, table "One layer" of docs/measurements.md: the smallest share of read at 1 to 4
-# tokens (above 1 is noise), and the share of peak at 64 rows an expert.
+# tokens (1 where it is more), and the share of peak at 64 rows an expert.
 EFFICIENCY = {
     "AMXINT4": Efficiency(read=0.93, peak=0.75),
     "AMXINT8": Efficiency(read=0.93, peak=0.83),

@@ -48,11 +48,10 @@ inline __m256i broadcast_dword(const void* src) {
 // Pins a value to a register at this point. Without it GCC 12 gathers the products of a whole
 // k-step before it adds them, and spills: 26 stack accesses a k-step in a 6x16 tile, none with it.
 inline void pin(__m256i& v) { asm("" : "+x"(v)); }
-inline void pin(__m256& v) { asm("" : "+x"(v)); }
 
 // Asks for bytes `offset` .. `offset + bytes` of up to `rows` rows of activations from row `begin`
-// on. Every panel reads all rows anew, from the L3, in pieces too short for the caches' own
-// prefetch: a row block fetches those of the next one.
+// on. A panel reads its rows anew, from the L3 where the panel before it was of another expert, in
+// pieces too short for the caches' own prefetch: a row block fetches those of the next one.
 inline void prefetch_rows(const GemmArgs& args, int begin, int rows, int64_t offset,
                           int64_t bytes) {
   for (int i = begin; i < args.m && i < begin + rows; ++i) {

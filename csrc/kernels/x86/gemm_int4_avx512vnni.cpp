@@ -48,10 +48,13 @@ struct Tile {
   }
 };
 
-// The share of a group of k in the lines of next_row_lines(), rounded up.
+// The share of a group of k in the lines of next_row_lines(), rounded up. At most what a core keeps
+// in flight: a group may be the whole row.
 inline int64_t next_row_lines_of_group(const GemmArgs& args, const RowBlock& block, int rows) {
+  constexpr int64_t kInFlight = 24;
   const int64_t lines = next_row_lines(args, block, rows, args.k / 8);
-  return (lines * args.group_size + args.k - 1) / args.k;
+  const int64_t share = (lines * args.group_size + args.k - 1) / args.k;
+  return share < kInFlight ? share : kInFlight;
 }
 
 inline const uint8_t* prefetch_lines(const uint8_t* source, int64_t lines) {
