@@ -137,8 +137,13 @@ def main(args: argparse.Namespace) -> int:
     try:
         for index, row in run_all(args, workloads, users, tokenizer):
             result["workloads"][index]["rows"].append(asdict(row))
-            progress = f"{workloads[index].name}, users {row.users}: {row.total_tokens_per_s:.1f} tokens/s in total"
-            print(progress, file=sys.stderr)
+            # all of it: a run takes minutes, and what is measured is not lost when it is interrupted
+            print(
+                f"{workloads[index].name}, users {row.users}: {row.total_tokens_per_s:.1f} tokens/s in total, "
+                f"{row.user_tokens_per_s:.1f} of a user (slowest {row.slowest_user_tokens_per_s:.1f}), first token "
+                f"after {row.first_token_ms:.0f} ms (slowest {row.slowest_first_token_ms:.0f})",
+                file=sys.stderr,
+            )
     except WrongAnswerError as error:
         print(error, file=sys.stderr)
         return 1
