@@ -7,6 +7,7 @@ that ``scripts/test.sh`` and ``install.sh`` leave in build/.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from test_tree import ROOT, kernel_rows
+from test_tree import ROOT, include_lines, kernel_rows
 
 ISA_FOLDER = "csrc/kernels/x86/"
 
@@ -55,10 +56,24 @@ def built_objects() -> dict[str, Path]:
     return objects
 
 
+@cache
+def written(source: Path) -> float:
+    """When a source or one of our headers that it includes was last written."""
+    ours = [ROOT / "csrc" / target.strip('"') for _, target in include_lines(source.read_text()) if target[0] == '"']
+    return max([source.stat().st_mtime, *(written(header) for header in ours if header.exists())])
+
+
+def stale_objects(objects: dict[str, Path]) -> list[str]:
+    """Sources that were written after their newest object: it tells of other code."""
+    return [name for name, path in objects.items() if written(ROOT / name) > path.stat().st_mtime]
+
+
 def require_objects(folder: str = "csrc/") -> dict[str, Path]:
     objects = {name: path for name, path in built_objects().items() if name.startswith(folder)}
     if not objects:
         pytest.skip("build/ holds no objects: run scripts/test.sh or scripts/dev.sh test first")
+    stale = stale_objects(objects)
+    assert not stale, f"build/ is older than {', '.join(stale)} or its headers: run scripts/dev.sh test first"
     return objects
 
 
@@ -203,3 +218,13 @@ def test_peak_probes_multiply_as_often_as_they_claim(source, symbol, instruction
     body = re.search(rf"<kt::{symbol}\(long\)>:\n(.*?)(?:\n\n|\Z)", text, re.S)
     assert body, f"objdump shows no {symbol} in {path}"
     assert len(re.findall(rf"\b{instruction}\b", body.group(1))) == times
+
+
+def test_an_object_older_than_its_source_is_found(tmp_path: Path) -> None:
+    source = f"{ISA_FOLDER}rowwise_avx2.cpp"
+    assert (ROOT / source).exists()
+    built = tmp_path / "built.o"
+    built.touch()
+    assert not stale_objects({source: built})
+    os.utime(built, (0, 0))
+    assert stale_objects({source: built}) == [source]
