@@ -104,6 +104,7 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
     scratch.w2_splits[node]->reset(scratch.w2_costs,
                                    store.node_panels(Projection::kW2, node).size(), workers);
   }
+  find_whole_experts();
 }
 
 void ForwardPass::run() {
@@ -294,18 +295,27 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   }
 }
 
-IndexRange ForwardPass::whole_experts(int worker) const {
-  if (few_rows_ || pool_.num_nodes() > 1) return {0, 0};
+void ForwardPass::find_whole_experts() {
+  scratch_.whole_experts.assign(pool_.num_threads(), IndexRange{0, 0});
+  rows_left_ = routing_.num_rows();
+  if (few_rows_ || pool_.num_nodes() > 1) return;
   const int64_t panels = store_.node_panels(Projection::kW13, 0).size();
-  const IndexRange units = scratch_.w13_splits[0]->static_units(worker);
-  const int64_t begin = ceil_div(units.begin, panels);
-  return {begin, std::max(begin, units.end / panels)};
+  for (int w = 0; w < pool_.num_threads(); ++w) {
+    const IndexRange units = scratch_.w13_splits[0]->static_units(w);
+    const int64_t begin = ceil_div(units.begin, panels);
+    scratch_.whole_experts[w] = {begin, std::max(begin, units.end / panels)};
+    rows_left_ -= rows_of(scratch_.whole_experts[w]).size();
+  }
+}
+
+IndexRange ForwardPass::rows_of(IndexRange experts) const {
+  return {routing_.offsets[experts.begin], routing_.offsets[experts.end]};
 }
 
 void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
                               const ActivationRows& tokens) {
   const IndexRange panels = store_.node_panels(Projection::kW13, worker.node);
-  const IndexRange whole = whole_experts(worker.index);
+  const IndexRange whole = scratch_.whole_experts[worker.index];
   WorkSplit& split = *scratch_.w13_splits[worker.node];
   const auto compute = [&](int64_t unit, bool has_next) {
     const int64_t item = split.item(unit);
@@ -341,12 +351,7 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
 }
 
 void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& mine) {
-  const auto rows_of = [&](IndexRange experts) {
-    return IndexRange{routing_.offsets[experts.begin], routing_.offsets[experts.end]};
-  };
-  int64_t left = routing_.num_rows();
-  for (int w = 0; w < pool_.num_threads(); ++w) left -= rows_of(whole_experts(w)).size();
-  const IndexRange part = even_part(left, worker.index, pool_.num_threads());
+  const IndexRange part = even_part(rows_left_, worker.index, pool_.num_threads());
   int64_t seen = 0;  // rows left, up to `begin`
   const auto quantize = [&](int64_t begin, int64_t end) {
     const int64_t first = std::max(part.begin - seen, int64_t{0});
@@ -356,8 +361,8 @@ void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& 
     seen += end - begin;
   };
   int64_t row = 0;
-  for (int w = 0; w < pool_.num_threads(); ++w) {
-    const IndexRange whole = rows_of(whole_experts(w));
+  for (const IndexRange& experts : scratch_.whole_experts) {
+    const IndexRange whole = rows_of(experts);
     if (whole.size() == 0) continue;
     quantize(row, whole.begin);
     row = whole.end;

@@ -78,10 +78,11 @@ class ForwardPass {
   void multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
                       const uint8_t* next_panel, const ActivationRows& rows,
                       const WorkerBuffers& mine, Consume&& consume) const;
-  // Experts, by position in the routing, whose w13 panels all fall to this worker. Each in turn
-  // uses the intermediate rows from those of the first on, so the writes stay in the cache. None
-  // with several nodes, where a node has a share of the columns, and with few rows.
-  IndexRange whole_experts(int worker) const;
+  // Notes for each worker the experts, by position in the routing, whose w13 panels all fall to it.
+  // Each in turn uses the intermediate rows from those of the first on, so the writes stay in the
+  // cache. None with several nodes, where a node has a share of the columns, and with few rows.
+  void find_whole_experts();
+  IndexRange rows_of(IndexRange experts) const;
   void compute_w13(const Worker& worker, const WorkerBuffers& mine, const ActivationRows& tokens);
   // The worker's even part of the rows of all other experts.
   void quantize_rows_left(const Worker& worker, const WorkerBuffers& mine);
@@ -102,6 +103,7 @@ class ForwardPass {
   ActivationRows shared_rows_;
   float* intermediate_ = nullptr;  // [rows, intermediate stride]
   int64_t intermediate_stride_ = 0;
+  int64_t rows_left_ = 0;  // of experts that are whole for no worker
 };
 
 }  // namespace kt

@@ -43,6 +43,7 @@ class MoeScratch {
   std::vector<std::unique_ptr<WorkSplit>> w13_splits;  // by node
   std::vector<std::unique_ptr<WorkSplit>> w2_splits;
   std::vector<int64_t> w13_costs;             // by expert of the pass: of one of its panels
+  std::vector<IndexRange> whole_experts;      // by worker: see ForwardPass
   const std::vector<int64_t> w2_costs = {1};  // one item: a panel is of all experts
 
   void prepare_splits(int nodes) {

@@ -45,7 +45,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gemm_int8_avx512.cpp": {r"<1": 155, r"<[23]": 121, r"<4": 104},
     "gemm_int4_avx512.cpp": {r"<1": 74, r"<2": 56},
     "gemm_bf16_avx512.cpp": {r"<1": 224, r"<[2-4]": 181, r"<5": 148},
-    "gemm_int8_avx512vnni.cpp": {r"<1": 30, r"<[2-5]": 41, r"<6": 30},
+    "gemm_int8_avx512vnni.cpp": {r"<1": 47, r"<[2-5]": 41, r"<6": 30},
     "gemm_int4_avx512vnni.cpp": {
         r"packed<1": 63,
         r"packed<2": 42,

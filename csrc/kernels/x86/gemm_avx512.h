@@ -171,6 +171,17 @@ inline const uint8_t* prefetch_source(const GemmArgs& args, const RowBlock& bloc
   return worthwhile ? args.next_panel + 128 * block.index : nullptr;
 }
 
+// Asks for kLines lines 4 KB ahead in the panel, into the L2: with one row the loads are all the
+// work, and alone they leave 3 to 5 % of the read bandwidth (int8, one token, Zen 4: 0.85 of it
+// with one thread and 0.95 with two, 0.89 and 0.98 with this; at 2 KB and 8 KB between the two).
+template <int kLines>
+inline void prefetch_ahead(const uint8_t* lines) {
+  constexpr int64_t kAheadBytes = 4096;
+#pragma GCC unroll 8
+  for (int j = 0; j < kLines; ++j)
+    _mm_prefetch(reinterpret_cast<const char*>(lines + kAheadBytes + 64 * j), _MM_HINT_T1);
+}
+
 inline void prefetch_two_lines(const uint8_t* source) {
   _mm_prefetch(reinterpret_cast<const char*>(source), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(source + 64), _MM_HINT_T1);

@@ -27,6 +27,7 @@ struct Tile {
       // integer sums are exact.
       Int32x16 odd[1][4] = {};
       for (int64_t step = 0; step < steps; step += 2) {
+        prefetch_ahead<8>(args.panel + kStepBytes * step);
         add_dot_step(acc, a, args.panel, step, dot);
         add_dot_step(odd, a, args.panel, step + 1, dot);
       }
