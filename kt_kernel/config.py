@@ -74,6 +74,13 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "fastest measured: ours)",
     ),
     EnvironmentVariable(
+        "KT_DETERMINISTIC",
+        "0",
+        "csrc/kernels/registry.cpp",
+        "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights and for int4 "
+        "in groups below 128",
+    ),
+    EnvironmentVariable(
         "KT_SPIN_US",
         "chosen from the number of free cores",
         "csrc/system/worker_pool.cpp",

@@ -56,6 +56,7 @@ CHECKS: dict[str, Callable[[], object]] = {
     "KT_LOG_LEVEL": config.log_level,
     "KT_FORCE_ISA": _ext.cpu_features,
     "KT_GEMM": _check_gemm,
+    "KT_DETERMINISTIC": lambda: _ext.explain_kernels("int4"),
     "KT_SPIN_US": lambda: _check_number("KT_SPIN_US", 1_000_000, whole=True, kind="microseconds"),
     "KT_CUDA_DRIVER": _check_driver,
     "KT_CUDA_SIGNAL": _check_signal,

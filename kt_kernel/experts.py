@@ -67,6 +67,8 @@ _PASS_TOKENS, _PASS_ROWS = 4096, 32768
 # csrc/moe/forward_pass.cpp: columns of a panel, rows of a tile, the activation values up to which every worker
 # quantizes all of them for itself, and the output sums that it keeps at a time.
 _PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES, _SUMS_BYTES = 64, 48, 16384, 256 << 10
+# csrc/kernels/kernel.h: rows of an AMX tile.
+_AMX_ROWS = 16
 _HUGE_PAGE = 2 << 20
 
 
@@ -79,6 +81,7 @@ def _sums(tokens: int, hidden_size: int) -> int:
 def scratch_bytes(
     layouts: Sequence[str],
     *,
+    num_experts: int,
     hidden_size: int,
     intermediate_size: int,
     num_tokens: int,
@@ -89,11 +92,13 @@ def scratch_bytes(
 
     ``intermediate[rows, I] fp32 + codes[tokens, H] + codes[rows, I] + threads x (sums[panels, tokens, 64] fp32 + ...)``
 
+    Where kernels in AMX tiles were chosen, ``packed[rows, H] + packed[rows, I]`` besides, each expert in whole tiles.
+
     Parameters
     ----------
     layouts : sequence of str
         Layouts of the layers that share the engine; each buffer is as large as the most demanding one needs.
-    hidden_size, intermediate_size, top_k : int
+    num_experts, hidden_size, intermediate_size, top_k : int
         Sizes of every layer.
     num_tokens : int
         Tokens of the largest batch.
@@ -104,8 +109,9 @@ def scratch_bytes(
     rows = tokens * top_k
     few_tokens = min(tokens, _REDUNDANT_VALUES // hidden_size)
     few_rows = min(rows, _REDUNDANT_VALUES // intermediate_size)
-    token_codes, row_codes, worker = 0, 0, 0
+    token_codes, row_codes, packed_tokens, packed_rows, worker = 0, 0, 0, 0, 0
     for layout in layouts:
+        value_bytes = _ext.packed_value_bytes(layout)  # 0: no kernel in tiles
         wide, narrow = (_ext.layout_info(layout, 1, k) for k in (hidden_size, intermediate_size))
         code_bytes = 2 if layout.startswith("bf16") else 1
 
@@ -116,12 +122,17 @@ def scratch_bytes(
         token_codes = max(token_codes, codes(tokens, wide))
         row_codes = max(row_codes, codes(rows, narrow))
         k, groups = (max(wide[name], narrow[name]) for name in ("padded_k", "num_groups"))
-        expanded = (k + 4 * groups) * _PANEL_COLUMNS if layout.startswith("int4") else 0
+        expanded_bytes = 2 if value_bytes == 2 else 1
+        expanded = (k * expanded_bytes + 4 * groups) * _PANEL_COLUMNS if layout.startswith("int4") else 0
+        in_tiles = (rows // _AMX_ROWS + min(num_experts, rows)) * _AMX_ROWS * value_bytes
+        packed_tokens = max(packed_tokens, in_tiles * wide["padded_k"])
+        packed_rows = max(packed_rows, in_tiles * narrow["padded_k"])
         columns = _sums(tokens, hidden_size)
         few = _sums(few_tokens, hidden_size) + codes(few_tokens, wide) + codes(few_rows, narrow)
         worker = max(worker, 4 * _TILE_ROWS * _PANEL_COLUMNS + 4 * k + 64 + expanded + max(columns, few))
     intermediate = 4 * rows * -(-intermediate_size // _PANEL_COLUMNS) * _PANEL_COLUMNS
-    return sum(map(_grown, (intermediate, token_codes, row_codes))) + num_threads * _grown(worker)
+    shared = (intermediate, token_codes, row_codes, packed_tokens, packed_rows)
+    return sum(map(_grown, shared)) + num_threads * _grown(worker)
 
 
 def _grown(num_bytes: int) -> int:
@@ -205,6 +216,7 @@ class CpuExperts:
             Wrong shapes or types, NaN or infinity in a weight, an expert that does not live here.
         """
         torch.ops.kt_kernel.load_experts(self._handle, list(experts), list(gate), list(up), list(down))
+        self._check_tiles()
 
     def load_packed(self, experts: Sequence[int], w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> None:
         """Copy packed experts to the nodes that own them.
@@ -222,6 +234,13 @@ class CpuExperts:
             Another number of bytes than the layout has, an expert that does not live here.
         """
         torch.ops.kt_kernel.load_packed(self._handle, list(experts), list(w13), list(w2))
+        self._check_tiles()
+
+    def _check_tiles(self) -> None:
+        """Check kernels in AMX tiles on the first expert that they are for, once a process, and say what came of it."""
+        found, right = self.layer.check_tiles()
+        if found:
+            logger.log(logging.INFO if right else logging.ERROR, "%s", found)
 
     def export_packed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed bytes of one expert (w13, w2), uint8: the inverse of :meth:`load_packed`."""

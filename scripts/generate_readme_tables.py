@@ -61,7 +61,7 @@ def read_kernels(text: str) -> list[KernelRow]:
     for macro, arguments in re.findall(r"\bKT_([A-Z_]+)\(([^()]*)\)", text):
         fields = [" ".join(field.split()) for field in arguments.split(",")]
         needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
-        if macro == "GEMM":
+        if macro in ("GEMM", "TILE_GEMM"):
             rows.append(KernelRow(fields[0], needs, WEIGHTS[fields[2]], ACTIVATIONS[fields[3]], fields[5]))
         else:
             rows.append(KernelRow(fields[0], needs))

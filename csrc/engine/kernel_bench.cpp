@@ -12,6 +12,7 @@
 #include "base/cpu_features.h"
 #include "base/span.h"
 #include "format/quantize.h"
+#include "kernels/tiles.h"
 
 namespace kt {
 namespace {
@@ -66,9 +67,9 @@ KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, in
   c_.resize(outputs);
   expected_.resize(outputs);
   panels_ = NumaArena(static_cast<size_t>(num_panels_ * panel_bytes_), -1);
-  expanded_ = NumaArena(
-      static_cast<size_t>(k * kPanelColumns + layout.num_groups(k) * int64_t{4} * kPanelColumns),
-      -1);
+  expanded_ = NumaArena(static_cast<size_t>(2 * k * kPanelColumns +
+                                            layout.num_groups(k) * int64_t{4} * kPanelColumns),
+                        -1);
   fill_panels();
   fill_activations();
 }
@@ -142,9 +143,7 @@ std::vector<std::string> KernelBench::kernels() const {
 void KernelBench::multiply(const GemmKernel& kernel, int m, int64_t index, float* c) {
   GemmArgs args{};
   const bool is_bf16 = kernel.a_dtype == DType::kBFloat16;
-  args.a = is_bf16                           ? a_.bf16.data()
-           : kernel.a_dtype == DType::kUint8 ? a_.uint8.data()
-                                             : a_.int8.data();
+  args.a = activations_of(kernel.a_dtype);
   args.a_stride_bytes = is_bf16 ? 2 * a_.stride : a_.stride;
   args.row_idx = a_.row_idx.data();
   if (!is_bf16) args.a_scale = a_.scale.data();
@@ -161,7 +160,36 @@ void KernelBench::multiply(const GemmKernel& kernel, int m, int64_t index, float
     kernel.expand(args.panel, args.k, args.group_size, expanded_.data());
     args.panel = expanded_.data();
   }
+  if (kernel.packing != nullptr) {
+    args.a = packed_of(kernel).data();
+    require_tiles();
+  }
   kernel.gemm(args);
+}
+
+const NumaArena& KernelBench::packed_of(const GemmKernel& kernel) {
+  for (const Packed& packed : packed_) {
+    if (packed.kernel == &kernel) return packed.rows;
+  }
+  const RowPacking& packing = *kernel.packing;
+  const auto* const codes = static_cast<const uint8_t*>(activations_of(kernel.a_dtype));
+  const int64_t code_bytes = kernel.a_dtype == DType::kBFloat16 ? 2 : 1;
+  const int64_t row_bytes = k_ * packing.value_bytes;
+  const int64_t tiles = ceil_div(max_rows_, kTileRows);
+  Packed& packed = packed_.emplace_back();
+  packed.kernel = &kernel;
+  packed.rows = NumaArena(static_cast<size_t>(tiles * kTileRows * row_bytes), -1);
+  for (int i = 0; i < max_rows_; ++i) {
+    packing.pack_row(
+        codes + a_.row_idx[i] * a_.stride * code_bytes, static_cast<int32_t>(k_),
+        packed.rows.data() + i / kTileRows * kTileRows * row_bytes + i % kTileRows * kTileBytes);
+  }
+  return packed.rows;
+}
+
+const void* KernelBench::activations_of(DType dtype) const {
+  if (dtype == DType::kBFloat16) return a_.bf16.data();
+  return dtype == DType::kUint8 ? a_.uint8.data() : a_.int8.data();
 }
 
 bool KernelBench::matches(const std::string& name, int m) {
@@ -171,17 +199,27 @@ bool KernelBench::matches(const std::string& name, int m) {
   multiply(kernel, m, index, c_.data());
   multiply(*reference_, m, index, expected_.data());
   const size_t count = static_cast<size_t>(m) * kPanelColumns;
-  if (layout_.code != DType::kBFloat16) {
+  if (!kernel.rounds()) {
     return std::memcmp(c_.data(), expected_.data(), count * sizeof(float)) == 0;
   }
-  // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
-  // at most 4k
-  const double k = static_cast<double>(k_);
-  const double bound = 2 * k * 4 * k * std::ldexp(1.0, -24);
+  const double bound = rounding_bound();
   for (size_t i = 0; i < count; ++i) {
     if (!(std::abs(double{c_[i]} - double{expected_[i]}) <= bound)) return false;
   }
   return true;
+}
+
+double KernelBench::rounding_bound() const {
+  const double k = static_cast<double>(k_);
+  const double unit = std::ldexp(1.0, -24);
+  // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
+  // at most 4k
+  if (layout_.code == DType::kBFloat16) return 2 * k * 4 * k * unit;
+  // int4 as bf16: k products of a code of at most 127 and a weight of at most 7 * 0.002, which
+  // rounds by 2^-9 of itself and then in the sum as above; all under the largest scale of a row
+  const double largest = 127 * 7 * 0.002;
+  const double scale = 0.01 + 0.001 * max_rows_;
+  return (k * largest * std::ldexp(1.0, -9) + 2 * k * largest * k * unit) * scale;
 }
 
 int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {
@@ -232,7 +270,7 @@ double KernelBench::peak_rate(const std::string& name) const {
   constexpr int64_t kIterations = 50'000;  // 0.2 ms or more
   const Probes probes = select_probes(layout_.code, find(name).isa);
   const double start = thread_seconds();
-  sink.fetch_xor(probes.peak(kIterations), std::memory_order_relaxed);
+  sink.fetch_xor(probes.run_peak(kIterations), std::memory_order_relaxed);
   return static_cast<double>(kIterations * probes.operations_per_iteration) /
          (thread_seconds() - start);
 }

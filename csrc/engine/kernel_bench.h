@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ class KernelBench {
   int64_t panel_bytes() const { return panel_bytes_; }
 
   // Whether the kernel gives what the reference row gives: the same bits for integer codes, within
-  // the rounding of the sums for bf16.
+  // the roundings where bf16 is multiplied.
   bool matches(const std::string& kernel, int m);
   // Packed bytes a second of a walk through the buffer, each panel multiplied by m rows.
   double stream_rate(const std::string& kernel, int m);
@@ -52,12 +53,21 @@ class KernelBench {
     std::vector<int32_t> row_idx;
   };
 
+  struct Packed {
+    const GemmKernel* kernel = nullptr;
+    NumaArena rows;
+  };
+
   const GemmKernel& find(const std::string& name) const;
   // The same, checked for m rows.
   const GemmKernel& find(const std::string& name, int m) const;
   void fill_panels();
   void fill_activations();
   void multiply(const GemmKernel& kernel, int m, int64_t panel, float* c);
+  const void* activations_of(DType dtype) const;
+  // All rows as the kernel's packing wants them, made at the first call.
+  const NumaArena& packed_of(const GemmKernel& kernel);
+  double rounding_bound() const;  // of a result of a kernel that rounds
   int64_t panels_of_a_stretch(const GemmKernel& kernel, int m);
   int64_t next_stretch(int64_t panels);
   const uint8_t* panel(int64_t index) const { return panels_.data() + index * panel_bytes_; }
@@ -73,6 +83,7 @@ class KernelBench {
   NumaArena panels_;
   NumaArena expanded_;
   Activations a_;
+  std::deque<Packed> packed_;
   std::vector<float> c_, expected_;  // [max_rows, 64]
   int64_t cursor_ = 0;               // the panel where the next stretch begins
 };

@@ -61,7 +61,7 @@ double probe_peak(EngineLayer& layer, int milliseconds) {
   double seconds = 0;
   layer.engine->run([&] {
     const auto body = [&](const Worker&) {
-      probe_sink.fetch_xor(probes.peak(iterations), std::memory_order_relaxed);
+      probe_sink.fetch_xor(probes.run_peak(iterations), std::memory_order_relaxed);
     };
     const auto start = std::chrono::steady_clock::now();
     pool.run({body});

@@ -24,21 +24,27 @@ constexpr int kMaxIntegerK = 65536;
 //           int4   acc = 0;
 //                  for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j], acc);
 //                  c = acc * a_scale[row]
-//           bf16   c = sum_k a * w in fp32, order and rounding free within a tier but the same for
-//                  every m
-//           Integer sums are exact, so int8 and int4 give the same bits on every tier, for every m.
+//           bf16   c = sum_k a * w in fp32, order and rounding free for each kernel but the same
+//                  for every m
+//           int4 expanded to bf16: c = (sum_k qa * bf16(q * scale) in fp32) * a_scale[row]
+//           Integer sums are exact, so int8 and int4 give the same bits on every tier, for every m,
+//           but where int4 is expanded to bf16.
 // Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's
-//           a_dtype); a_scale [rows]; a_group_sum [rows, groups], sum of the int8 codes of each
-//           weight group (int4 only); panel as PackedLayout describes, or what ExpandFn wrote if
-//           the kernel has one; c [m, 64], overwritten.
-// Units     a_stride_bytes in bytes; c_stride and a_group_sum_stride in elements.
+//           a_dtype), or what RowPacking made of rows 0 .. m - 1 if the kernel has one; a_scale
+//           [rows]; a_group_sum [rows, groups], sum of the int8 codes of each weight group (int4
+//           only); panel as PackedLayout describes, or what ExpandFn wrote if the kernel has one;
+//           c [m, 64], overwritten.
+// Units     a_stride_bytes in bytes, not read where rows are packed; c_stride and
+//           a_group_sum_stride in elements.
+// Tiles     a kernel with packed rows works in AMX tiles: those of the calling thread are
+//           configured (TileControl) before the call and stay so.
 // Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32, or k for one scale a
 //           row; group_size <= k.
 // Threads   re-entrant.
 struct GemmArgs {
   const void* a;
   int64_t a_stride_bytes;
-  const int32_t* row_idx;      // row(i) = row_idx[i]; null: row(i) = i
+  const int32_t* row_idx;      // row(i) = row_idx[i]; null: row(i) = i; packed rows: of scales only
   const float* a_scale;        // null for bf16
   const int32_t* a_group_sum;  // null but for int4
   int64_t a_group_sum_stride;
@@ -53,10 +59,33 @@ struct GemmArgs {
 using GemmFn = void (*)(const GemmArgs&);
 
 // Unpacks one int4 panel for many rows: scratch = uint8 codes (q + 8) as [k/4][64][4], then fp32
-// scales [groups][64].
+// scales [groups][64]; or, where the kernel multiplies bf16, bf16(q * scale), rounded to nearest
+// even, as [k/2][64][2].
 //
-// Shapes  scratch holds k * 64 + groups * 256 bytes, 64-byte aligned.
+// Shapes  scratch holds k * 128 + groups * 256 bytes, 64-byte aligned.
 using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
+
+// Rows of one AMX tile, and the bytes of k in one of its rows.
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 64;
+
+// How a kernel in tiles wants its rows: in blocks of 16, each [row_bytes / 64][16 rows][64 bytes],
+// so that a tile is 1 KB in one piece. row_bytes = k * value_bytes.
+struct RowPacking {
+  const char* name;
+  int value_bytes;  // of one packed value
+  // Puts a row of k codes (int8 or the same + 128; bf16) at its place: chunk i of 64 bytes goes to
+  // packed + i * 1024. With value_bytes 2 and int8 codes, they become bf16, exactly.
+  void (*pack_row)(const uint8_t* codes, int32_t k, uint8_t* packed);
+};
+
+// The tiles of the calling thread: every one of the eight 16 rows of 64 bytes.
+struct TileControl {
+  const char* name;
+  void (*configure)();
+  void (
+      *release)();  // back to the state of a new thread, which costs no power and no context switch
+};
 
 // Reads every 64-byte line of [data, data + bytes) once, as fast as one thread of the tier can;
 // returns the exclusive or of all 8-byte words, so that no read can be left out. bytes a multiple
@@ -64,7 +93,7 @@ using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, u
 using ReadProbeFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 // Runs `iterations` of multiply-accumulate instructions on registers only: what the GEMMs of the
-// tier could reach at best. Each iteration is the row's number of operations (two a
+// tier could reach at best; on tiles, which are configured before. Each iteration is the row's number of operations (two a
 // multiply-accumulate). Returns something of the sums.
 using PeakProbeFn = uint64_t (*)(int64_t iterations);
 

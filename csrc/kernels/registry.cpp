@@ -1,17 +1,23 @@
 #include "kernels/registry.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <sstream>
 #include <string_view>
 
 #include "base/check.h"
+#include "kernels/tiles.h"
 
 namespace kt {
 
 #define KT_EXPAND(symbol, isa) \
   void symbol(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
+#define KT_PACK(symbol, isa) extern const RowPacking symbol;
 #define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
+  void symbol(const GemmArgs& args);
+#define KT_TILE_GEMM(symbol, isa, weight, activation, mr, m_from, expand, pack, groups) \
   void symbol(const GemmArgs& args);
 #define KT_ROWWISE(symbol, isa) extern const RowwiseOps symbol;
 #define KT_READ_PROBE(symbol, isa) uint64_t symbol(const uint8_t* data, int64_t bytes);
@@ -46,29 +52,75 @@ std::deque<GemmKernel>& gemm_table() {
   static std::deque<GemmKernel> kernels = {
 #define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
   {#symbol, isa, DType::weight, DType::activation, mr, m_from, symbol, expand},
+#define KT_TILE_GEMM(symbol, isa, weight, activation, mr, m_from, expand, pack, groups) \
+  {#symbol, isa,    DType::weight,       DType::activation, mr,    m_from,              \
+   symbol,  expand, GemmSource::kNative, nullptr,           &pack, Groups::groups},
 #include "kernels/kernels.inc"
   };
   return kernels;
 }
 
-bool is_in_question(const GemmKernel& kernel, DType weight_dtype, IsaSet isa, GemmChoice choice) {
-  return kernel.weight_dtype == weight_dtype && is_supported(kernel.isa, isa) &&
-         kernel.m_from > 0 &&
-         (kernel.source == GemmSource::kNative || choice != GemmChoice::kNative);
+bool fits_groups(const GemmKernel& kernel, int group_size) {
+  const bool wide = group_size == 0 || (group_size >= 128 && group_size % 64 == 0);
+  return kernel.groups == Groups::kAny || (kernel.groups == Groups::kWide) == wide;
+}
+
+// By position in the table, which only grows, while the program loads.
+constexpr size_t kMaxKernels = 64;
+std::array<std::atomic<TileVerdict>, kMaxKernels> tile_verdicts{};
+std::atomic<uint64_t> verdict_count{0};
+
+size_t position_of(const GemmKernel& kernel) {
+  size_t position = 0;
+  while (std::string_view(gemm_table()[position].name) != kernel.name) ++position;
+  return position;
+}
+
+bool is_in_place(const GemmKernel& kernel) {
+  const TileVerdict verdict = tile_verdict(kernel);
+  return verdict != TileVerdict::kSlower && verdict != TileVerdict::kWrong;
+}
+
+// Whether a row may be chosen, but for what its check found.
+bool fits(const GemmKernel& kernel, const KernelRequest& request) {
+  return kernel.weight_dtype == request.weight_dtype && is_supported(kernel.isa, request.isa) &&
+         kernel.m_from > 0 && fits_groups(kernel, request.group_size) &&
+         (kernel.source == GemmSource::kNative || request.choice != GemmChoice::kNative) &&
+         !(request.deterministic && kernel.rounds() && kernel.m_from > 1);
+}
+
+bool is_in_question(const GemmKernel& kernel, const KernelRequest& request) {
+  return fits(kernel, request) && is_in_place(kernel);
 }
 
 // The best supported row for experts of exactly m rows: most capable features, then the nearest
 // m_from, then ours before another library's.
-const GemmKernel* best_gemm(DType weight_dtype, IsaSet isa, GemmChoice choice, int m) {
+const GemmKernel* best_gemm(const KernelRequest& request, int m) {
   const GemmKernel* best = nullptr;
   for (const GemmKernel& kernel : gemm_table()) {
-    if (!is_in_question(kernel, weight_dtype, isa, choice) || kernel.m_from > m) continue;
+    if (!is_in_question(kernel, request) || kernel.m_from > m) continue;
     if (best == nullptr || IsaRank(kernel.isa) > IsaRank(best->isa) ||
         (kernel.isa == best->isa && kernel.m_from > best->m_from)) {
       best = &kernel;
     }
   }
   return best;
+}
+
+// Puts oneDNN's row where it was faster than ours in tiles, and drops what is for more rows.
+void replace_slower_tiles(const KernelRequest& request, KernelSet& set) {
+  if (request.choice != GemmChoice::kAuto) return;
+  const GemmKernel* slower = nullptr;
+  const GemmKernel* foreign = nullptr;
+  for (const GemmKernel& kernel : gemm_table()) {
+    if (kernel.weight_dtype != request.weight_dtype) continue;
+    if (tile_verdict(kernel) == TileVerdict::kSlower && fits(kernel, request)) slower = &kernel;
+    if (kernel.source == GemmSource::kOneDnn && is_supported(kernel.isa, request.isa))
+      foreign = &kernel;
+  }
+  if (slower == nullptr || foreign == nullptr) return;
+  while (set.gemms.back().m_from >= slower->m_from) set.gemms.pop_back();
+  set.gemms.push_back({foreign, slower->m_from});
 }
 
 // oneDNN's row for these weights. They are the caller's wish, so a lack is an error.
@@ -93,13 +145,49 @@ const GemmKernel* onednn_gemm(DType weight_dtype, IsaSet isa) {
 
 }  // namespace
 
+bool GemmKernel::rounds() const {
+  return weight_dtype == DType::kBFloat16 || (packing != nullptr && packing->value_bytes == 2);
+}
+
 const GemmKernel& KernelSet::for_rows(int m) const {
-  const GemmKernel* chosen = gemms.front();
-  for (const GemmKernel* kernel : gemms) {
-    if (kernel->m_from <= m) chosen = kernel;
+  const GemmKernel* chosen = gemms.front().kernel;
+  for (const ChosenGemm& gemm : gemms) {
+    if (gemm.m_from <= m) chosen = gemm.kernel;
   }
   return *chosen;
 }
+
+const GemmKernel& KernelSet::for_plain_rows(int m) const {
+  const GemmKernel* chosen = gemms.front().kernel;
+  for (const ChosenGemm& gemm : gemms) {
+    if (gemm.m_from <= m && gemm.kernel->packing == nullptr) chosen = gemm.kernel;
+  }
+  return *chosen;
+}
+
+const GemmKernel* KernelSet::tile_gemm() const {
+  for (const ChosenGemm& gemm : gemms) {
+    if (gemm.kernel->packing != nullptr) return gemm.kernel;
+  }
+  return nullptr;
+}
+
+int KernelSet::packed_value_bytes() const {
+  const GemmKernel* const tiles = tile_gemm();
+  return tiles == nullptr ? 0 : tiles->packing->value_bytes;
+}
+
+void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict) {
+  tile_verdicts[position_of(kernel)].store(verdict, std::memory_order_relaxed);
+  verdict_count.fetch_add(1, std::memory_order_release);
+}
+
+TileVerdict tile_verdict(const GemmKernel& kernel) {
+  if (kernel.packing == nullptr) return TileVerdict::kUnchecked;
+  return tile_verdicts[position_of(kernel)].load(std::memory_order_relaxed);
+}
+
+uint64_t num_tile_verdicts() { return verdict_count.load(std::memory_order_acquire); }
 
 GemmChoice parse_gemm_choice(const char* value) {
   const std::string_view word(value == nullptr ? "" : value);
@@ -116,6 +204,18 @@ GemmChoice gemm_choice() {
   return choice;
 }
 
+bool deterministic_asked() {
+  // An initializer that throws leaves the static unset, so that every call throws.
+  static const bool asked = [] {
+    const char* const value = std::getenv("KT_DETERMINISTIC");
+    const std::string_view word(value == nullptr ? "" : value);
+    KT_CHECK(word.empty() || word == "0" || word == "1",
+             "KT_DETERMINISTIC=\"" << word << "\" is neither 0 nor 1; give one of them.");
+    return word == "1";
+  }();
+  return asked;
+}
+
 void register_gemm(const GemmKernel& kernel) {
   for (const GemmKernel& known : gemm_table()) {
     KT_CHECK(std::string_view(known.name) != kernel.name,
@@ -126,6 +226,8 @@ void register_gemm(const GemmKernel& kernel) {
   KT_CHECK(kernel.weight_dtype != DType::kBFloat16 || kernel.m_from <= 1,
            "kernel " << kernel.name << " is for bf16 from " << kernel.m_from
                      << " rows on; a bf16 row serves every m (m_from 1) or none (0).");
+  KT_CHECK(gemm_table().size() < kMaxKernels,
+           "there are " << kMaxKernels << " kernels already; raise kMaxKernels.");
   gemm_table().push_back(kernel);
 }
 
@@ -174,55 +276,65 @@ Probes select_probes(DType weight_dtype, IsaSet isa) {
   }
   KT_CHECK(read != nullptr && peak != nullptr,
            "kernels.inc has no probes for " << dtype_name(weight_dtype) << ".");
-  return {read->read, peak->peak, peak->operations, peak->name};
+  const bool tiles = (peak->isa & (kIsaAmxInt8 | kIsaAmxBf16)) != 0;
+  return {read->read, peak->peak, peak->operations, peak->name, tiles};
 }
 
-KernelSet select_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice) {
+uint64_t Probes::run_peak(int64_t iterations) const {
+  if (tiles) require_tiles();
+  const uint64_t sums = peak(iterations);
+  release_tiles();
+  return sums;
+}
+
+KernelSet select_kernels(const KernelRequest& request) {
+  const DType weight_dtype = request.weight_dtype;
   KernelSet set;
   const RowwiseKernel* rowwise = nullptr;
   for (const RowwiseKernel& kernel : list_rowwise_kernels()) {
-    if (!is_supported(kernel.isa, isa)) continue;
+    if (!is_supported(kernel.isa, request.isa)) continue;
     if (rowwise == nullptr || IsaRank(kernel.isa) > IsaRank(rowwise->isa)) rowwise = &kernel;
   }
   set.rowwise = rowwise->ops;
 
-  if (choice == GemmChoice::kOneDnn && weight_dtype != DType::kInt4) {
-    const GemmKernel* const kernel = onednn_gemm(weight_dtype, isa);
+  if (request.choice == GemmChoice::kOneDnn && weight_dtype != DType::kInt4) {
+    const GemmKernel* const kernel = onednn_gemm(weight_dtype, request.isa);
     set.a_dtype = kernel->a_dtype;
-    set.gemms.push_back(kernel);
+    set.gemms.push_back({kernel, 1});
     return set;
   }
   std::vector<int> classes;
   for (const GemmKernel& kernel : gemm_table()) {
-    if (is_in_question(kernel, weight_dtype, isa, choice)) classes.push_back(kernel.m_from);
+    if (is_in_question(kernel, request)) classes.push_back(kernel.m_from);
   }
   std::sort(classes.begin(), classes.end());
-  for (int m_from : classes) {
-    const GemmKernel* best = best_gemm(weight_dtype, isa, choice, m_from);
-    if (set.gemms.empty() || set.gemms.back() != best) set.gemms.push_back(best);
+  for (const int m_from : classes) {
+    const GemmKernel* best = best_gemm(request, m_from);
+    if (set.gemms.empty() || set.gemms.back().kernel != best)
+      set.gemms.push_back({best, best->m_from});
   }
-  KT_CHECK(!set.gemms.empty() && set.gemms.front()->m_from == 1,
+  KT_CHECK(!set.gemms.empty() && set.gemms.front().m_from == 1,
            "no kernel multiplies " << dtype_name(weight_dtype)
                                    << " weights; use int8, int4 or bf16 weights.");
-  set.a_dtype = set.gemms.front()->a_dtype;
-  for (const GemmKernel* kernel : set.gemms) {
+  replace_slower_tiles(request, set);
+  set.a_dtype = set.gemms.front().kernel->a_dtype;
+  for (const auto& [kernel, m_from] : set.gemms) {
     KT_CHECK(kernel->a_dtype == set.a_dtype,
-             "kernel "
-                 << kernel->name << " reads " << dtype_name(kernel->a_dtype) << " activations but "
-                 << set.gemms.front()->name << " reads " << dtype_name(set.a_dtype)
-                 << "; give the rows of one feature set in kernels.inc the same activation dtype.");
+             "kernel " << kernel->name << " reads " << dtype_name(kernel->a_dtype)
+                       << " activations but " << set.gemms.front().kernel->name << " reads "
+                       << dtype_name(set.a_dtype)
+                       << "; give the rows of one feature set in kernels.inc the same activation "
+                          "dtype.");
   }
   return set;
 }
 
-std::string explain_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice) {
-  const KernelSet set = select_kernels(weight_dtype, isa, choice);
+std::string explain_kernels(const KernelRequest& request) {
+  const KernelSet set = select_kernels(request);
   std::ostringstream text;
-  text << dtype_name(weight_dtype) << " on " << isa_tier(isa) << ":";
-  for (const GemmKernel* kernel : set.gemms) {
-    text << " m>=" << (kernel == set.gemms.front() ? 1 : kernel->m_from) << " " << kernel->name
-         << ",";
-  }
+  text << dtype_name(request.weight_dtype) << " on " << isa_tier(request.isa) << ":";
+  for (const auto& [kernel, m_from] : set.gemms)
+    text << " m>=" << m_from << " " << kernel->name << ",";
   text << " " << set.rowwise->name;
   return text.str();
 }

@@ -12,6 +12,13 @@
 
 namespace kt {
 
+// The int4 group sizes a row is for.
+enum class Groups {
+  kAny,
+  kWide,    // a whole row, or a multiple of 64 from 128 on: two products in tiles or more
+  kNarrow,  // all others
+};
+
 enum class GemmSource {
   kNative,  // kernels.inc
   kOneDnn,  // oneDNN's micro-kernels, out of torch (torch/onednn_brgemm.cpp)
@@ -32,7 +39,12 @@ struct GemmKernel {
   GemmFn gemm;
   ExpandFn expand;  // not null: the dispatcher expands each panel once and passes the scratch
   GemmSource source = GemmSource::kNative;
-  PrepareFn prepare = nullptr;  // null: nothing to compile
+  PrepareFn prepare = nullptr;          // null: nothing to compile
+  const RowPacking* packing = nullptr;  // not null: it works in tiles, on rows so packed
+  Groups groups = Groups::kAny;
+
+  // Whether it sums products of bf16: rounded in an order of its own.
+  bool rounds() const;
 };
 
 // The sources that select_kernels() may take rows from.
@@ -49,12 +61,51 @@ GemmChoice parse_gemm_choice(const char* value);
 // KT_GEMM, read once; throws what parse_gemm_choice() throws on every call. Thread-safe.
 GemmChoice gemm_choice();
 
+// KT_DETERMINISTIC, read once: 1, 0, or empty and unset for 0.
+// Errors   kt::Error naming the value and the allowed ones, on every call. Thread-safe.
+bool deterministic_asked();
+
+// What kernels are wanted for.
+struct KernelRequest {
+  DType weight_dtype = DType::kInt8;
+  IsaSet isa = kIsaReference;
+  GemmChoice choice = gemm_choice();
+  int group_size = 0;  // of int4; 0: a whole row
+  // No row whose bits depend on the rows beside it: bf16 sums of AVX-512 and of tiles differ, and
+  // tiles are for experts of some rows only.
+  bool deterministic = deterministic_asked();
+};
+
+// What the check of a row in tiles found when the first layer was loaded (moe/tile_check.h).
+enum class TileVerdict {
+  kUnchecked,  // taken as right
+  kRight,
+  kSlower,  // than oneDNN's row, which takes its place
+  kWrong,   // the rows without tiles take its place
+};
+// Kernels are to be selected anew where another number of verdicts has been given since. Thread-safe.
+void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict);
+TileVerdict tile_verdict(const GemmKernel& kernel);
+uint64_t num_tile_verdicts();
+
+// A kernel and the rows of an expert from which on it is chosen.
+struct ChosenGemm {
+  const GemmKernel* kernel = nullptr;
+  int m_from = 1;
+};
+
 // The kernels one method uses on one host. All share a_dtype, so activations are quantized once.
 struct KernelSet {
   const RowwiseOps* rowwise = nullptr;
   DType a_dtype = DType::kBFloat16;
-  std::vector<const GemmKernel*> gemms;     // ascending m_from; the first serves m = 1
+  std::vector<ChosenGemm> gemms;            // ascending m_from; the first serves m = 1
   const GemmKernel& for_rows(int m) const;  // last row with m_from <= max(m, 1)
+  // The same among the rows that need no packing; there is always one.
+  const GemmKernel& for_plain_rows(int m) const;
+  // The row in tiles, or null.
+  const GemmKernel* tile_gemm() const;
+  // Bytes of a value of its packed rows; 0 without one.
+  int packed_value_bytes() const;
 };
 
 // Adds a row whose source is another library. Its place in the table is that of its isa and m_from:
@@ -80,15 +131,19 @@ struct Probes {
   PeakProbeFn peak;  // multiply-accumulates as the kernels of `weight_dtype` do them
   int64_t operations_per_iteration;
   const char* peak_name;
+  bool tiles;  // whether `peak` works in tiles
+
+  // peak(iterations), with the tiles of the calling thread configured for it and released after it.
+  uint64_t run_peak(int64_t iterations) const;
 };
 Probes select_probes(DType weight_dtype, IsaSet isa);
 
 // Picks, for each m class, the row of the highest feature set within `isa`. Never empty: reference
 // is always there.
 // Errors   kt::Error: kOneDnn, where oneDNN has no row for these weights within `isa`.
-KernelSet select_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice = gemm_choice());
+KernelSet select_kernels(const KernelRequest& request);
 
 // The choice as one line of text, e.g. "int8 on avx512: m>=1 gemm_u8_int8_..., rowwise_avx512".
-std::string explain_kernels(DType weight_dtype, IsaSet isa, GemmChoice choice = gemm_choice());
+std::string explain_kernels(const KernelRequest& request);
 
 }  // namespace kt

@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/tiles.h"
+
 namespace kt {
 namespace {
 
 // Rows multiplied before the tile is consumed: 48 x 64 x 4 bytes = 12 KB stay in L1, and 48 is
 // whole blocks of mr = 6.
 constexpr int kRowBlock = 48;
-
-// Up to this many activation values (tokens x hidden, rows x intermediate) each worker quantizes
-// all of them itself instead of sharing the work and paying a barrier: 16384 values take about 8
-// us, less than one DeepSeek-V3 token waits for memory on any socket.
-constexpr int64_t kRedundantValues = 16384;
 
 // A panel is read from memory whatever its rows, so below this many rows its cost is that of the
 // read.
@@ -105,6 +102,7 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
                                    store.node_panels(Projection::kW2, node).size(), workers);
   }
   find_whole_experts();
+  place_packed_rows();
 }
 
 void ForwardPass::run() {
@@ -127,6 +125,7 @@ void ForwardPass::run() {
     const WorkerBuffers mine = buffers(worker);
     const IndexRange part = even_part(input_.num_tokens, worker.index, pool_.num_threads());
     for (int64_t t = part.begin; t < part.end; ++t) quantize_token(t, mine.row, shared_tokens_);
+    pack_tokens(part);
   };
   const auto w13 = [&](const Worker& worker) {
     compute_w13(worker, buffers(worker), shared_tokens_);
@@ -177,9 +176,11 @@ ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
   const int64_t tile_bytes =
       int64_t{kRowBlock} * kPanelColumns * static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = line_up(k * static_cast<int64_t>(sizeof(float)));
-  const int64_t expanded_bytes = layout.code == DType::kInt4
-                                     ? k * kPanelColumns + layout.num_groups(k) * kPanelColumns * 4
-                                     : 0;
+  const int64_t code_bytes_expanded = kernels_.packed_value_bytes() == 2 ? 2 : 1;
+  const int64_t expanded_bytes =
+      layout.code == DType::kInt4
+          ? k * kPanelColumns * code_bytes_expanded + layout.num_groups(k) * kPanelColumns * 4
+          : 0;
   const int64_t column_bytes =
       panels_together() * panel_sums() * static_cast<int64_t>(sizeof(float));
   const int64_t token_bytes = few_rows_ ? activation_bytes(input_.num_tokens, Projection::kW13) : 0;
@@ -204,6 +205,65 @@ ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
     mine.rows = activations_at(base + token_bytes, routing_.num_rows(), Projection::kW2);
   }
   return mine;
+}
+
+const GemmKernel& ForwardPass::kernel_of(int64_t expert_pos) const {
+  const int rows = routing_.offsets[expert_pos + 1] - routing_.offsets[expert_pos];
+  return few_rows_ ? kernels_.for_plain_rows(rows) : kernels_.for_rows(rows);
+}
+
+void ForwardPass::place_packed_rows() {
+  const int64_t value_bytes = kernels_.packed_value_bytes();
+  if (few_rows_ || value_bytes == 0) return;
+  std::vector<int64_t>& first_tile = scratch_.first_tile;
+  first_tile.assign(routing_.experts.size(), 0);
+  int64_t tiles = 0;
+  for (size_t i = 0; i < first_tile.size(); ++i) {
+    first_tile[i] = tiles;
+    if (kernel_of(i).packing == nullptr) continue;
+    tiles += ceil_div(routing_.offsets[i + 1] - routing_.offsets[i], kTileRows);
+  }
+  if (tiles == 0) return;
+  GrowingBuffer* const buffers[] = {&scratch_.packed_tokens, &scratch_.packed_rows};
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    const int64_t row_bytes = store_.padded_k(projection) * value_bytes;
+    packed_[static_cast<int>(projection)] =
+        buffers[static_cast<int>(projection)]->reserve(tiles * kTileRows * row_bytes);
+  }
+}
+
+uint8_t* ForwardPass::packed_row(Projection projection, int64_t expert_pos, int64_t r) const {
+  const int64_t row_bytes =
+      store_.padded_k(projection) * kernel_of(expert_pos).packing->value_bytes;
+  const int64_t in_expert = r - routing_.offsets[expert_pos];
+  const int64_t tile = scratch_.first_tile[expert_pos] + in_expert / kTileRows;
+  return packed_[static_cast<int>(projection)] + tile * kTileRows * row_bytes +
+         in_expert % kTileRows * kTileBytes;
+}
+
+void ForwardPass::pack_tokens(IndexRange part) const {
+  if (packed_[static_cast<int>(Projection::kW13)] == nullptr) return;
+  const int32_t k = static_cast<int32_t>(store_.padded_k(Projection::kW13));
+  for (size_t i = 0; i < routing_.experts.size(); ++i) {
+    const RowPacking* const packing = kernel_of(i).packing;
+    if (packing == nullptr) continue;
+    for (int64_t r = routing_.offsets[i]; r < routing_.offsets[i + 1]; ++r) {
+      const int64_t token = routing_.token[r];
+      if (token < part.begin || token >= part.end) continue;
+      packing->pack_row(shared_tokens_.codes + token * shared_tokens_.stride_bytes, k,
+                        packed_row(Projection::kW13, i, r));
+    }
+  }
+}
+
+void ForwardPass::quantize_expert_row(int64_t expert_pos, int64_t r, int64_t source,
+                                      float* row) const {
+  quantize_intermediate(r, source, row, shared_rows_);
+  const RowPacking* const packing = kernel_of(expert_pos).packing;
+  if (packing == nullptr) return;
+  packing->pack_row(shared_rows_.codes + r * shared_rows_.stride_bytes,
+                    static_cast<int32_t>(store_.padded_k(Projection::kW2)),
+                    packed_row(Projection::kW2, expert_pos, r));
 }
 
 void ForwardPass::quantize_token(int64_t token, float* row, const ActivationRows& out) const {
@@ -258,7 +318,8 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
                                  const WorkerBuffers& mine, Consume&& consume) const {
   const int32_t begin = routing_.offsets[expert_pos];
   const int32_t count = routing_.offsets[expert_pos + 1] - begin;
-  const GemmKernel& kernel = kernels_.for_rows(count);
+  const GemmKernel& kernel = kernel_of(expert_pos);
+  if (kernel.packing != nullptr) require_tiles();
   GemmArgs args{};
   args.k = static_cast<int32_t>(store_.padded_k(projection));
   args.group_size = store_.config().layout.effective_group_size(args.k);
@@ -275,9 +336,10 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   args.c = mine.tile;
   args.c_stride = kPanelColumns;
   args.next_panel = next_panel;
-  for (int32_t done = 0; done < count; done += kRowBlock) {
+  const int32_t block = kRowBlock / kernel.mr * kernel.mr;
+  for (int32_t done = 0; done < count; done += block) {
     const int32_t first = begin + done;
-    args.m = std::min(kRowBlock, count - done);
+    args.m = std::min(block, count - done);
     if (projection == Projection::kW13) {
       args.row_idx = routing_.token.data() + first;
       args.a = rows.codes;
@@ -289,6 +351,7 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
       args.a_group_sum =
           rows.group_sum == nullptr ? nullptr : rows.group_sum + first * rows.group_sum_stride;
     }
+    if (kernel.packing != nullptr) args.a = packed_row(projection, expert_pos, first);
     kernel.gemm(args);
     args.next_panel = nullptr;
     consume(first, args.m, mine.tile);
@@ -341,13 +404,14 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
                    });
     if (!is_whole || p + 1 < panels.end) return;
     for (int64_t r = rows_begin; r < routing_.offsets[item + 1]; ++r)
-      quantize_intermediate(r, r + shift, mine.row, shared_rows_);
+      quantize_expert_row(item, r, r + shift, mine.row);
   };
   const IndexRange mine_first = split.static_units(worker.index_in_node);
   for (int64_t unit = mine_first.begin; unit < mine_first.end; ++unit)
     compute(unit, unit + 1 < mine_first.end);
   for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
     compute(unit, false);
+  release_tiles();
 }
 
 void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& mine) {
@@ -356,8 +420,10 @@ void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& 
   const auto quantize = [&](int64_t begin, int64_t end) {
     const int64_t first = std::max(part.begin - seen, int64_t{0});
     const int64_t last = std::min(part.end - seen, end - begin);
-    for (int64_t r = first; r < last; ++r)
-      quantize_intermediate(begin + r, begin + r, mine.row, shared_rows_);
+    for (int64_t r = begin + first; r < begin + last; ++r) {
+      const auto after = std::upper_bound(routing_.offsets.begin(), routing_.offsets.end(), r);
+      quantize_expert_row(after - routing_.offsets.begin() - 1, r, r, mine.row);
+    }
     seen += end - begin;
   };
   int64_t row = 0;
@@ -380,6 +446,7 @@ void ForwardPass::compute_w2(const Worker& worker, const WorkerBuffers& mine,
     compute_w2_panels({first + unit, first + std::min(unit + together, units.end)}, mine, rows);
   for (int64_t unit = split.next_tail_unit(); unit >= 0; unit = split.next_tail_unit())
     compute_w2_panels({first + unit, first + unit + 1}, mine, rows);
+  release_tiles();
 }
 
 void ForwardPass::compute_w2_panels(IndexRange panels, const WorkerBuffers& mine,

@@ -11,6 +11,11 @@
 
 namespace kt {
 
+// Up to this many activation values (tokens x hidden, rows x intermediate) each worker quantizes
+// all of them itself instead of sharing the work and paying a barrier: 16384 values take about 8
+// us, less than one DeepSeek-V3 token waits for memory on any socket.
+constexpr int64_t kRedundantValues = 16384;
+
 // Activations as the GEMM kernels read them.
 struct ActivationRows {
   uint8_t* codes = nullptr;  // [rows, padded k] int8, int8 + 128 or bf16
@@ -38,6 +43,9 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
 //                 quantizes its rows as well, while its cache holds them
 //              3. quantize the rows left (shared)
 //              4. w2 panels, weighted sum
+//
+// Where a kernel works in AMX tiles, whoever quantizes a row packs it as well (RowPacking): in the
+// first phase of many rows one for each expert of a token.
 //
 // A worker owns whole output columns of w2 and walks the experts in ascending order: the sum needs
 // no partial buffer, no atomics, and has one order for any number of threads.
@@ -67,7 +75,18 @@ class ForwardPass {
   int64_t activation_bytes(int64_t rows, Projection projection) const;
   ActivationRows activations_at(uint8_t* base, int64_t rows, Projection projection) const;
 
+  // Gives every expert whose kernel works in tiles its place in the packed buffers, behind those
+  // before it and rounded up to whole tiles. None with few rows: they take the other kernels.
+  void place_packed_rows();
+  const GemmKernel& kernel_of(int64_t expert_pos) const;
+  // Where routing row r of the expert begins, as RowPacking::pack_row wants it.
+  uint8_t* packed_row(Projection projection, int64_t expert_pos, int64_t r) const;
+  // Packs every row of w13 whose token is in `part` of the quantized tokens.
+  void pack_tokens(IndexRange part) const;
+
   void quantize_token(int64_t token, float* row, const ActivationRows& out) const;
+  // Row `source` of the intermediate as row `r` of shared_rows_, and packed if its expert's are.
+  void quantize_expert_row(int64_t expert_pos, int64_t r, int64_t source, float* row) const;
   // Row `source` of the intermediate as row `row_idx` of `out`.
   void quantize_intermediate(int64_t row_idx, int64_t source, float* row,
                              const ActivationRows& out) const;
@@ -101,6 +120,7 @@ class ForwardPass {
   const bool few_rows_;
   ActivationRows shared_tokens_;
   ActivationRows shared_rows_;
+  uint8_t* packed_[2] = {};        // by projection; null: no expert's rows are packed
   float* intermediate_ = nullptr;  // [rows, intermediate stride]
   int64_t intermediate_stride_ = 0;
   int64_t rows_left_ = 0;  // of experts that are whole for no worker

@@ -18,6 +18,14 @@ constexpr int kMaxPassRows = 32768;
 
 int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }
 
+KernelRequest request_for(const PackedLayout& layout, IsaSet isa) {
+  KernelRequest request;
+  request.weight_dtype = layout.code;
+  request.isa = isa;
+  request.group_size = layout.group_size;
+  return request;
+}
+
 }  // namespace
 
 // Written by the one thread that computes, so a plain load and store add without a locked
@@ -45,7 +53,8 @@ struct MoeLayer::Counters {
 MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<MoeScratch> scratch,
                    IsaSet isa)
     : isa_(isa),
-      kernels_(select_kernels(config.layout.code, isa)),
+      verdicts_(num_tile_verdicts()),
+      kernels_(select_kernels(request_for(config.layout, isa))),
       store_(config, pool),
       pool_(pool),
       scratch_(std::move(scratch)),
@@ -55,18 +64,37 @@ MoeLayer::~MoeLayer() = default;
 
 bool MoeLayer::compiles_kernels() const {
   return std::any_of(kernels_.gemms.begin(), kernels_.gemms.end(),
-                     [](const GemmKernel* kernel) { return kernel->prepare != nullptr; });
+                     [](const ChosenGemm& gemm) { return gemm.kernel->prepare != nullptr; });
 }
 
 void MoeLayer::prepare_kernels() {
   const auto prepare = [this](const Worker&) {
-    for (const GemmKernel* kernel : kernels_.gemms) {
+    for (const auto& [kernel, m_from] : kernels_.gemms) {
       if (kernel->prepare == nullptr) continue;
       for (const Projection projection : {Projection::kW13, Projection::kW2})
         kernel->prepare(static_cast<int32_t>(store_.padded_k(projection)));
     }
   };
   pool_.run({prepare});
+}
+
+void MoeLayer::select_again() {
+  verdicts_ = num_tile_verdicts();
+  kernels_ = select_kernels(request_for(config().layout, isa_));
+  if (compiles_kernels()) prepare_kernels();
+}
+
+TileReport MoeLayer::check_tiles() {
+  const GemmKernel* const tiles = kernels_.tile_gemm();
+  if (tiles == nullptr || tile_verdict(*tiles) != TileVerdict::kUnchecked) return {};
+  const std::vector<int>& here = config().expert_ids;
+  const auto loaded =
+      std::find_if(here.begin(), here.end(), [this](int expert) { return store_.loaded(expert); });
+  if (loaded == here.end()) return {};
+  const TileReport report =
+      kt::check_tiles(store_, pool_, *scratch_, request_for(config().layout, isa_), *loaded);
+  set_tile_verdict(*tiles, report.verdict);
+  return report;
 }
 
 void MoeLayer::check_expert(int expert) const {
@@ -132,6 +160,7 @@ uint64_t MoeLayer::compute_pass(const MoeInput& pass, uint64_t& weight_bytes) {
     KT_CHECK(false, "layer " << config().layer_idx << ": " << error.what());
   }
   for (const int expert : routing_.experts) check_expert(expert);
+  if (verdicts_ != num_tile_verdicts()) select_again();
   if (routing_.num_rows() == 0) {
     store_addend(*kernels_.rowwise, pass, config().hidden_size);
     return 0;
@@ -178,7 +207,9 @@ MoeCounters MoeLayer::counters() const {
   return copy;
 }
 
-std::string MoeLayer::explain() const { return explain_kernels(config().layout.code, isa_); }
+std::string MoeLayer::explain() const {
+  return explain_kernels(request_for(config().layout, isa_));
+}
 
 std::shared_ptr<MoeScratch> make_moe_scratch() { return std::make_shared<MoeScratch>(); }
 

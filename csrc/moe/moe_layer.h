@@ -10,6 +10,7 @@
 #include "kernels/registry.h"
 #include "moe/expert_store.h"
 #include "moe/routing.h"
+#include "moe/tile_check.h"
 
 namespace kt {
 
@@ -71,6 +72,10 @@ class MoeLayer {
   // forward() is.
   bool compiles_kernels() const;
   void prepare_kernels();
+  // Once a process for each kernel in tiles, on the first layer that has an expert for it: see
+  // moe/tile_check.h. Called as forward() is, with experts loaded. No text where there was nothing
+  // to check.
+  TileReport check_tiles();
   void forward(const MoeInput& input);
   // The rest of a forward whose first part skipped some experts: counts rows and time only.
   void forward_deferred(const MoeInput& input);
@@ -85,8 +90,11 @@ class MoeLayer {
   uint64_t compute(const MoeInput& input);
   uint64_t compute_pass(const MoeInput& pass, uint64_t& weight_bytes);
   void count_ids(const MoeInput& input);
+  // After a verdict on kernels in tiles: what they left.
+  void select_again();
 
   IsaSet isa_;
+  uint64_t verdicts_;  // at the selection
   KernelSet kernels_;  // before the store: a choice that is refused allocates nothing
   ExpertStore store_;
   WorkerPool& pool_;

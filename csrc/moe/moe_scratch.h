@@ -35,15 +35,18 @@ class GrowingBuffer {
 
 class MoeScratch {
  public:
-  GrowingBuffer tokens;        // quantized hidden states of all tokens, scales, group sums
-  GrowingBuffer intermediate;  // fp32 rows after SiLU and multiply
-  GrowingBuffer rows;          // the same, quantized, with scales and group sums
+  GrowingBuffer tokens;         // quantized hidden states of all tokens, scales, group sums
+  GrowingBuffer intermediate;   // fp32 rows after SiLU and multiply
+  GrowingBuffer rows;           // the same, quantized, with scales and group sums
+  GrowingBuffer packed_tokens;  // rows of w13 and of w2 for kernels in tiles
+  GrowingBuffer packed_rows;
   std::vector<GrowingBuffer>
       workers;  // by worker: tile, output columns, expanded panel, row buffers
   std::vector<std::unique_ptr<WorkSplit>> w13_splits;  // by node
   std::vector<std::unique_ptr<WorkSplit>> w2_splits;
   std::vector<int64_t> w13_costs;             // by expert of the pass: of one of its panels
   std::vector<IndexRange> whole_experts;      // by worker: see ForwardPass
+  std::vector<int64_t> first_tile;            // by expert of the pass: see ForwardPass
   const std::vector<int64_t> w2_costs = {1};  // one item: a panel is of all experts
 
   void prepare_splits(int nodes) {
@@ -54,7 +57,8 @@ class MoeScratch {
   }
 
   uint64_t bytes() const {
-    uint64_t total = tokens.bytes() + intermediate.bytes() + rows.bytes();
+    uint64_t total = tokens.bytes() + intermediate.bytes() + rows.bytes() + packed_tokens.bytes() +
+                     packed_rows.bytes();
     for (const GrowingBuffer& worker : workers) total += worker.bytes();
     return total;
   }

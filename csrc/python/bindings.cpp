@@ -55,9 +55,20 @@ py::list kernel_list() {
   return out;
 }
 
-std::string explain_for(const std::string& weight_dtype) {
+KernelRequest request_for(DType weight_dtype, int group_size) {
+  KernelRequest request{weight_dtype, cpu_features().chosen};
+  request.group_size = group_size;
+  return request;
+}
+
+int packed_value_bytes_of(const std::string& name) {
+  const PackedLayout layout = PackedLayout::parse(name);
+  return select_kernels(request_for(layout.code, layout.group_size)).packed_value_bytes();
+}
+
+std::string explain_for(const std::string& weight_dtype, int group_size) {
   for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
-    if (weight_dtype == dtype_name(dtype)) return explain_kernels(dtype, cpu_features().chosen);
+    if (weight_dtype == dtype_name(dtype)) return explain_kernels(request_for(dtype, group_size));
   }
   KT_CHECK(false, "unknown weight dtype '" << weight_dtype << "'; it must be int8, int4 or bf16.");
 }
@@ -265,6 +276,18 @@ py::dict pages_dict(const LayerHandle& handle) {
   return out;
 }
 
+// What was found, and whether it is right.
+std::pair<std::string, bool> check_tiles_of(const LayerHandle& handle) {
+  TileReport report;
+  {
+    std::shared_ptr<EngineLayer> layer = handle.engine_layer();
+    const py::gil_scoped_release release;
+    layer->engine->run([&] { report = layer->layer.check_tiles(); });
+    layer.reset();  // without the GIL: a layer that was closed meanwhile waits for its jobs
+  }
+  return {report.text, report.verdict != TileVerdict::kWrong};
+}
+
 void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(
       m, "Engine", "A worker pool and the in-order stream that feeds it.")
@@ -327,6 +350,7 @@ void bind_layer(py::module_& m) {
           [](const LayerHandle& layer) { return layer.engine_layer()->max_deferred(); })
       .def("counters", &counters_dict)
       .def("pages", &pages_dict)
+      .def("check_tiles", &check_tiles_of)
       .def("probe_read", &probe_read_of)
       .def("probe_peak", &probe_peak_of, py::arg("milliseconds") = 20)
       .def("close", &LayerHandle::close);
@@ -359,7 +383,8 @@ PYBIND11_MODULE(_ext, m) {
   m.attr("built_torch_version") = KT_BUILT_TORCH_VERSION;
   m.def("cpu_features", &kt::features_dict);
   m.def("list_kernels", &kt::kernel_list);
-  m.def("explain_kernels", &kt::explain_for, py::arg("weight_dtype"));
+  m.def("explain_kernels", &kt::explain_for, py::arg("weight_dtype"), py::arg("group_size") = 0);
+  m.def("packed_value_bytes", &kt::packed_value_bytes_of, py::arg("layout"));
   m.def("topology", &kt::topology_dict);
   m.def("layout_info", &kt::layout_dict, py::arg("layout"), py::arg("n"), py::arg("k"));
   kt::bind_engine(m);

@@ -10,8 +10,8 @@
 // Bits       int8: those of every row. bf16: the same for every m, for each output is one sum over
 //            ascending k whatever the block; not those of our rows on every CPU.
 // Tiles      where oneDNN uses AMX, it configures the tiles of the thread. They are released at the
-//            end of every product: a parked thread holds none, and kernels of ours may configure
-//            them otherwise. oneDNN chooses by ONEDNN_MAX_CPU_ISA and does not know KT_FORCE_ISA,
+//            end of every product: a parked thread holds none, and kernels of ours configure
+//            them otherwise, so theirs count as lost. oneDNN chooses by ONEDNN_MAX_CPU_ISA and does not know KT_FORCE_ISA,
 //            so a row on a host with AMX needs AMX to be in use.
 // Choice     on request only (KT_GEMM). On Zen 4 our tiles reach 99 % of the register peak and
 //            these 86 to 97 %, less from memory; elsewhere nothing was measured yet.
@@ -25,6 +25,7 @@
 #include "base/check.h"
 #include "base/cpu_features.h"
 #include "kernels/registry.h"
+#include "kernels/tiles.h"
 
 #if defined(CPUBLAS_BRGEMM_U8I8I32) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
 
@@ -104,7 +105,9 @@ void for_each_block(int32_t m, Block&& block) {
                                                  << "); leave torch.backends.mkldnn enabled, or "
                                                     "set KT_GEMM=native.");
   }
-  if (uses_tiles) blas::brgemm_release();
+  if (!uses_tiles) return;
+  blas::brgemm_release();
+  forget_tiles();
 }
 
 void gemm_u8_int8_fp32_32x64x4_onednn(const GemmArgs& args) {

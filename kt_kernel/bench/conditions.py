@@ -48,7 +48,7 @@ def commit() -> str:
 
 def environment() -> str:
     """What chooses kernels by hand, as it stands before a command: ``"KT_FORCE_ISA=avx2 "``, or ""."""
-    set_here = {name: os.environ.get(name) for name in ("KT_FORCE_ISA", "KT_GEMM")}
+    set_here = {name: os.environ.get(name) for name in ("KT_FORCE_ISA", "KT_GEMM", "KT_DETERMINISTIC")}
     return "".join(f"{name}={value} " for name, value in set_here.items() if value)
 
 

@@ -11,9 +11,11 @@
 #include <limits>
 #include <vector>
 
+#include "base/span.h"
 #include "format/packed_layout.h"
 #include "format/quantize.h"
 #include "kernels/registry.h"
+#include "kernels/tiles.h"
 #include "random_tensors.h"
 
 namespace kt {
@@ -42,7 +44,7 @@ struct Problem {
   LineVector<uint8_t> a_int8;
   LineVector<uint8_t> a_uint8;
   LineVector<uint16_t> a_bf16;
-  std::vector<uint16_t> w_bf16;
+  std::vector<uint16_t> w_bf16;  // [64, k]; of int4: code * scale, rounded
   std::vector<float> a_scale;
   std::vector<int32_t> group_sum;
   std::vector<int32_t> row_idx;  // empty: rows in order
@@ -105,11 +107,18 @@ inline void make_panel(Problem* problem, Fill fill, int n, RandomNumbers& random
     scales[i] = bf16_to_float(float_to_bf16(0.01f * random.normal()));
   }
   pack_panel(p.layout, p.k, codes.data(), scales.data(), p.panel.data());
+  p.w_bf16.resize(codes.size());
+  for (int64_t i = 0; i < int64_t{kColumns} * p.k; ++i) {
+    const float scale = scales[i / p.k * p.num_groups + i % p.k / p.group_size];
+    p.w_bf16[i] = float_to_bf16(static_cast<float>(codes[i]) * scale);
+  }
 }
 
-// The group sizes that make a difference to a kernel; 0 is the whole row.
-inline std::vector<int> group_sizes_of(DType weight_dtype) {
-  if (weight_dtype != DType::kInt4) return {0};
+// The group sizes that make a difference to a kernel and that it is for; 0 is the whole row.
+inline std::vector<int> group_sizes_of(const GemmKernel& kernel) {
+  if (kernel.weight_dtype != DType::kInt4) return {0};
+  if (kernel.groups == Groups::kWide) return {128, 192, 0};
+  if (kernel.groups == Groups::kNarrow) return {32, 64, 96};
   return {32, 64, 96, 128, 0};
 }
 
@@ -161,13 +170,29 @@ inline Problem make_special_scales_problem(DType weight_dtype, int group_size) {
   return p;
 }
 
-// c [m, kStride] of one kernel; the kernel's own ExpandFn is applied first if it has one.
-inline std::vector<float> run_gemm(GemmFn gemm, ExpandFn expand, DType a_dtype, const Problem& p) {
+// Rows 0 .. m - 1 of a problem as the kernel's RowPacking wants them; rows of the last tile that are
+// none are large and not zero.
+inline LineVector<uint8_t> pack_rows(const GemmKernel& kernel, const Problem& p,
+                                     const uint8_t* codes, int64_t code_bytes) {
+  const int64_t row_bytes = int64_t{p.k} * kernel.packing->value_bytes;
+  LineVector<uint8_t> packed(ceil_div(std::max(p.m, 1), kTileRows) * kTileRows * row_bytes, 0x7b);
+  for (int i = 0; i < p.m; ++i) {
+    kernel.packing->pack_row(
+        codes + p.row(i) * p.k * code_bytes, p.k,
+        packed.data() + i / kTileRows * kTileRows * row_bytes + i % kTileRows * kTileBytes);
+  }
+  return packed;
+}
+
+// c [m, kStride] of one kernel; the kernel's own ExpandFn is applied first if it has one, and its
+// RowPacking.
+inline std::vector<float> run_gemm(const GemmKernel& kernel, const Problem& p) {
+  const DType a_dtype = kernel.a_dtype;
   LineVector<uint8_t> scratch;
   const uint8_t* panel = p.panel.data();
-  if (expand != nullptr) {
-    scratch.resize(int64_t{p.k} * kColumns + int64_t{p.num_groups} * kColumns * 4);
-    expand(panel, p.k, p.group_size, scratch.data());
+  if (kernel.expand != nullptr) {
+    scratch.resize(int64_t{p.k} * kColumns * 2 + int64_t{p.num_groups} * kColumns * 4);
+    kernel.expand(panel, p.k, p.group_size, scratch.data());
     panel = scratch.data();
   }
   std::vector<float> c(int64_t{std::max(p.m, 1)} * kStride, kUntouched);
@@ -188,8 +213,23 @@ inline std::vector<float> run_gemm(GemmFn gemm, ExpandFn expand, DType a_dtype, 
   args.m = p.m;
   args.k = p.k;
   args.group_size = p.layout.code == DType::kInt4 ? p.group_size : 0;
-  gemm(args);
+  LineVector<uint8_t> packed;
+  if (kernel.packing != nullptr) {
+    packed = pack_rows(kernel, p, static_cast<const uint8_t*>(args.a), is_bf16 ? 2 : 1);
+    args.a = packed.data();
+    args.a_stride_bytes = 0;
+    require_tiles();
+  }
+  kernel.gemm(args);
+  release_tiles();
   return c;
+}
+
+inline std::vector<float> run_gemm(GemmFn gemm, DType a_dtype, const Problem& p) {
+  GemmKernel kernel{};
+  kernel.a_dtype = a_dtype;
+  kernel.gemm = gemm;
+  return run_gemm(kernel, p);
 }
 
 inline void expect_only_c_written(const std::vector<float>& c, int m) {
@@ -201,8 +241,46 @@ inline void expect_only_c_written(const std::vector<float>& c, int m) {
 
 inline std::vector<float> reference_result(const Problem& p) {
   return p.layout.code == DType::kInt8
-             ? run_gemm(gemm_s8_int8_fp32_1x64x4_reference, nullptr, DType::kInt8, p)
-             : run_gemm(gemm_s8_int4_fp32_1x64x8_reference, nullptr, DType::kInt8, p);
+             ? run_gemm(gemm_s8_int8_fp32_1x64x4_reference, DType::kInt8, p)
+             : run_gemm(gemm_s8_int4_fp32_1x64x8_reference, DType::kInt8, p);
+}
+
+// What TDPBF16PS does, from the words of Intel's manual: subnormal operands and results are zero.
+inline float flush_subnormal(float x) {
+  return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+}
+
+// One output of products in tiles, 32 k each: even and odd k in sums of their own, one fma each;
+// then their sum is added to the output.
+inline float tile_dot(const std::vector<float>& a, const std::vector<float>& w) {
+  float c = 0;
+  for (size_t begin = 0; begin < a.size(); begin += 32) {
+    float parts[2] = {0, 0};
+    for (size_t k = begin; k < begin + 32; ++k) {
+      const float x = flush_subnormal(a[k]), y = flush_subnormal(w[k]);
+      parts[k % 2] = flush_subnormal(std::fma(x, y, parts[k % 2]));
+    }
+    c = flush_subnormal(c + flush_subnormal(parts[0] + parts[1]));
+  }
+  return c;
+}
+
+// What a kernel that multiplies bf16 in tiles gives, bit for bit.
+inline std::vector<float> tile_result(const Problem& p) {
+  const bool is_int4 = p.layout.code == DType::kInt4;
+  std::vector<float> c(int64_t{std::max(p.m, 1)} * kStride, kUntouched);
+  std::vector<float> a(p.k), w(p.k);
+  for (int i = 0; i < p.m; ++i) {
+    for (int k = 0; k < p.k; ++k) {
+      const int64_t at = p.row(i) * p.k + k;
+      a[k] = is_int4 ? static_cast<int8_t>(p.a_int8[at]) : bf16_to_float(p.a_bf16[at]);
+    }
+    for (int j = 0; j < kColumns; ++j) {
+      for (int k = 0; k < p.k; ++k) w[k] = bf16_to_float(p.w_bf16[int64_t{j} * p.k + k]);
+      c[i * kStride + j] = tile_dot(a, w) * (is_int4 ? p.a_scale[p.row(i)] : 1.0f);
+    }
+  }
+  return c;
 }
 
 inline void expect_matches_bf16(const Problem& p, const std::vector<float>& c) {
@@ -223,13 +301,11 @@ inline void expect_matches_bf16(const Problem& p, const std::vector<float>& c) {
 }
 
 inline void expect_correct(const GemmKernel& kernel, const Problem& p) {
-  const std::vector<float> c = run_gemm(kernel.gemm, kernel.expand, kernel.a_dtype, p);
+  const std::vector<float> c = run_gemm(kernel, p);
   expect_only_c_written(c, p.m);
-  if (p.layout.code == DType::kBFloat16) {
-    expect_matches_bf16(p, c);
-    return;
-  }
-  const std::vector<float> expected = reference_result(p);
+  if (p.layout.code == DType::kBFloat16) expect_matches_bf16(p, c);
+  if (kernel.rounds() && kernel.packing == nullptr) return;
+  const std::vector<float> expected = kernel.rounds() ? tile_result(p) : reference_result(p);
   const int64_t at = first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size()));
   ASSERT_EQ(at, -1) << "row " << at / kStride << " column " << at % kStride << " is " << c[at]
                     << ", the reference gives " << expected[at];
@@ -239,7 +315,7 @@ inline void expect_correct(const GemmKernel& kernel, const Problem& p) {
 // and padding columns.
 inline void expect_correct_for_all_shapes(const GemmKernel& kernel) {
   uint64_t seed = 1;
-  for (int group_size : group_sizes_of(kernel.weight_dtype)) {
+  for (int group_size : group_sizes_of(kernel)) {
     for (int k : kDepths) {
       for (int m : kRowCounts) {
         const bool gather = (++seed % 2) == 0;

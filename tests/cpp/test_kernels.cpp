@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <regex>
 #include <set>
 #include <string>
@@ -31,7 +32,7 @@ class GemmTest : public testing::TestWithParam<GemmKernel> {
                    << "; in use: " << isa_name(cpu_features().chosen);
     }
   }
-  static std::vector<int> group_sizes() { return group_sizes_of(GetParam().weight_dtype); }
+  static std::vector<int> group_sizes() { return group_sizes_of(GetParam()); }
 };
 class IntegerGemmTest : public GemmTest {};
 class Bf16GemmTest : public GemmTest {};
@@ -42,14 +43,12 @@ TEST_P(GemmTest, GivesARowTheSameBitsAmongAnyRows) {
   for (int group_size : group_sizes()) {
     const Problem all = make_problem(layout_of(GetParam().weight_dtype, group_size), 64, 576, 64,
                                      false, Fill::kRandom, 7);
-    const std::vector<float> expected =
-        run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, all);
+    const std::vector<float> expected = run_gemm(GetParam(), all);
     for (int m : kRowCounts) {
       Problem some = all;
       some.m = m;
       for (int i = 0; i < m; ++i) some.row_idx.push_back((i * 37 + m) % 64);
-      const std::vector<float> c =
-          run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, some);
+      const std::vector<float> c = run_gemm(GetParam(), some);
       for (int i = 0; i < m; ++i) {
         ASSERT_EQ(first_difference(&c[i * kStride], &expected[some.row(i) * kStride], kColumns), -1)
             << "row " << some.row(i) << " among " << m << " rows, group " << group_size;
@@ -79,8 +78,7 @@ TEST_P(IntegerGemmTest, KeepsZeroNanAndSubnormalScales) {
   for (int group_size : group_sizes()) {
     const Problem p = make_special_scales_problem(GetParam().weight_dtype, group_size);
     expect_correct(GetParam(), p);
-    const std::vector<float> c =
-        run_gemm(GetParam().gemm, GetParam().expand, GetParam().a_dtype, p);
+    const std::vector<float> c = run_gemm(GetParam(), p);
     for (int j = 0; j < kColumns; ++j) {
       ASSERT_EQ(c[j], 0.0f);
       ASSERT_TRUE(std::isnan(c[kStride + j]));
@@ -90,10 +88,10 @@ TEST_P(IntegerGemmTest, KeepsZeroNanAndSubnormalScales) {
 
 TEST_P(Bf16GemmTest, KeepsInfinityAndNanInTheirRow) {
   Problem p = make_problem(layout_of(DType::kBFloat16, 0), 7, 128, 64, false, Fill::kRandom, 11);
-  const std::vector<float> before = run_gemm(GetParam().gemm, nullptr, GetParam().a_dtype, p);
+  const std::vector<float> before = run_gemm(GetParam(), p);
   p.a_bf16[2 * p.k + 5] = 0x7f80;   // infinity
   p.a_bf16[5 * p.k + 77] = 0x7fc0;  // NaN
-  const std::vector<float> c = run_gemm(GetParam().gemm, nullptr, GetParam().a_dtype, p);
+  const std::vector<float> c = run_gemm(GetParam(), p);
   for (int i = 0; i < p.m; ++i) {
     for (int j = 0; j < kColumns; ++j) {
       const float value = c[i * kStride + j];
@@ -146,13 +144,23 @@ class ExpandTest : public testing::TestWithParam<ExpandKernel> {};
 TEST_P(ExpandTest, WritesTheReferenceBytes) {
   if (!is_supported(GetParam().isa))
     GTEST_SKIP() << GetParam().name << " needs " << isa_name(GetParam().isa);
+  const bool to_bf16 = std::string(GetParam().name).find("bf16") != std::string::npos;
   for (int group_size : {32, 64, 96, 128, 0}) {
     for (int k : kDepths) {
       const Problem p =
           make_problem({DType::kInt4, group_size, 0}, 1, k, 64, false, Fill::kRandom, 17);
-      const size_t size = size_t{kColumns} * (p.k + 4 * p.num_groups);
+      const size_t size = size_t{kColumns} * (to_bf16 ? 2 * p.k : p.k + 4 * p.num_groups);
       LineVector<uint8_t> expected(size + 64, 0xab), scratch(size + 64, 0xab);
-      expand_int4_reference(p.panel.data(), k, p.group_size, expected.data());
+      if (to_bf16) {
+        // [k / 2][64][2] out of [64, k]
+        for (int64_t i = 0; i < int64_t{kColumns} * k; ++i) {
+          const int64_t column = i / k, at = i % k;
+          std::memcpy(expected.data() + 2 * ((at / 2 * kColumns + column) * 2 + at % 2),
+                      &p.w_bf16[i], 2);
+        }
+      } else {
+        expand_int4_reference(p.panel.data(), k, p.group_size, expected.data());
+      }
       GetParam().expand(p.panel.data(), k, p.group_size, scratch.data());
       ASSERT_EQ(scratch, expected) << "k " << k << " group " << group_size;
     }
@@ -168,7 +176,7 @@ const DType kWeightDTypes[] = {DType::kInt8, DType::kInt4, DType::kBFloat16};
 
 TEST(Registry, NamesSayWhatTheRowsAre) {
   const std::regex grammar(
-      "gemm_(s8|u8|bf16)_(int8|int4|int4x|bf16)_fp32_([0-9]+)x[0-9]+x[0-9]+_([a-z0-9]+)");
+      "gemm_(s8|u8|bf16)_(int8|int4|int4x|int4b|bf16)_fp32_([0-9]+)x[0-9]+x[0-9]+_([a-z0-9]+)");
   const std::string features = isa_name(~IsaSet{0}) + " reference";
   std::set<std::string> names;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
@@ -180,7 +188,8 @@ TEST(Registry, NamesSayWhatTheRowsAre) {
     EXPECT_EQ(part[1] == "u8", kernel.a_dtype == DType::kUint8) << name;
     EXPECT_EQ(part[2].str().substr(0, 4), std::string(dtype_name(kernel.weight_dtype)).substr(0, 4))
         << name;
-    EXPECT_EQ(part[2] == "int4x", kernel.expand != nullptr) << name;
+    EXPECT_EQ(part[2] == "int4x" || part[2] == "int4b", kernel.expand != nullptr) << name;
+    EXPECT_EQ(part[4].str().starts_with("amx"), kernel.packing != nullptr) << name;
     EXPECT_EQ(std::stoi(part[3]), kernel.mr) << name;
     EXPECT_NE(features.find(part[4].str()), std::string::npos) << name;
     EXPECT_GE(kernel.m_from, 1) << name;
@@ -190,45 +199,48 @@ TEST(Registry, NamesSayWhatTheRowsAre) {
 TEST(Registry, ChoosesSupportedRowsForEveryFeatureSet) {
   for (DType weight_dtype : kWeightDTypes) {
     for (IsaSet isa = 0; isa < 2 * kIsaAmxBf16; ++isa) {
-      const KernelSet set = select_kernels(weight_dtype, isa);
+      const KernelSet set = select_kernels({weight_dtype, isa});
       ASSERT_FALSE(set.gemms.empty());
-      ASSERT_EQ(set.gemms.front()->m_from, 1);
+      ASSERT_EQ(set.gemms.front().m_from, 1);
       for (size_t i = 0; i < set.gemms.size(); ++i) {
-        const GemmKernel& kernel = *set.gemms[i];
+        const GemmKernel& kernel = *set.gemms[i].kernel;
         EXPECT_EQ(kernel.isa & ~isa, 0u) << kernel.name << " on " << isa_name(isa);
         EXPECT_EQ(kernel.a_dtype, set.a_dtype) << kernel.name << " on " << isa_name(isa);
         EXPECT_EQ(kernel.weight_dtype, weight_dtype);
-        const int previous = i > 0 ? set.gemms[i - 1]->m_from : 0;
+        const int previous = i > 0 ? set.gemms[i - 1].m_from : 0;
         EXPECT_GT(kernel.m_from, previous) << isa_name(isa);
         EXPECT_EQ(&set.for_rows(kernel.m_from), &kernel);
       }
-      EXPECT_EQ(&set.for_rows(0), set.gemms.front());
-      EXPECT_EQ(&set.for_rows(1 << 20), set.gemms.back());
+      EXPECT_EQ(&set.for_rows(0), set.gemms.front().kernel);
+      EXPECT_EQ(&set.for_rows(1 << 20), set.gemms.back().kernel);
+      EXPECT_EQ(set.for_plain_rows(1 << 20).packing, nullptr);
     }
   }
 }
 
 TEST(Registry, PrefersTheHighestFeatures) {
   for (DType weight_dtype : kWeightDTypes) {
-    for (const GemmKernel* kernel : select_kernels(weight_dtype, kIsaReference).gemms) {
+    for (const auto& [kernel, m_from] : select_kernels({weight_dtype, kIsaReference}).gemms) {
       EXPECT_EQ(kernel->isa, kIsaReference) << kernel->name;
     }
-    for (const GemmKernel* kernel : select_kernels(weight_dtype, kIsaAvx2 | kIsaAvxVnni).gemms) {
+    for (const auto& [kernel, m_from] :
+         select_kernels({weight_dtype, kIsaAvx2 | kIsaAvxVnni}).gemms) {
       EXPECT_EQ(kernel->isa & kIsaAvx2, kIsaAvx2) << kernel->name;
     }
-    for (const GemmKernel* kernel :
-         select_kernels(weight_dtype, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512).gemms) {
+    for (const auto& [kernel, m_from] :
+         select_kernels({weight_dtype, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512}).gemms) {
       EXPECT_EQ(kernel->isa & kIsaAvx512, kIsaAvx512) << kernel->name;
     }
   }
-  EXPECT_STREQ(select_kernels(DType::kInt8, kIsaReference).rowwise->name, "rowwise_reference");
-  EXPECT_STREQ(select_kernels(DType::kInt8, kIsaAvx2).rowwise->name, "rowwise_avx2");
-  EXPECT_STREQ(select_kernels(DType::kInt8, kIsaAvx2 | kIsaAvx512).rowwise->name, "rowwise_avx512");
+  EXPECT_STREQ(select_kernels({DType::kInt8, kIsaReference}).rowwise->name, "rowwise_reference");
+  EXPECT_STREQ(select_kernels({DType::kInt8, kIsaAvx2}).rowwise->name, "rowwise_avx2");
+  EXPECT_STREQ(select_kernels({DType::kInt8, kIsaAvx2 | kIsaAvx512}).rowwise->name,
+               "rowwise_avx512");
 }
 
 TEST(Registry, RefusesWeightsWithoutAKernel) {
   try {
-    select_kernels(DType::kFloat16, kIsaReference);
+    select_kernels({DType::kFloat16, kIsaReference});
     FAIL() << "fp16 weights have no kernel";
   } catch (const std::exception& error) {
     EXPECT_NE(std::string(error.what()).find("fp16"), std::string::npos) << error.what();
@@ -237,10 +249,11 @@ TEST(Registry, RefusesWeightsWithoutAKernel) {
 
 TEST(Registry, ExplainsWhatItChose) {
   for (DType weight_dtype : kWeightDTypes) {
-    const std::string text = explain_kernels(weight_dtype, cpu_features().chosen);
+    const std::string text = explain_kernels({weight_dtype, cpu_features().chosen});
     EXPECT_NE(text.find(dtype_name(weight_dtype)), std::string::npos) << text;
     EXPECT_NE(text.find(cpu_features().tier), std::string::npos) << text;
-    for (const GemmKernel* kernel : select_kernels(weight_dtype, cpu_features().chosen).gemms) {
+    for (const auto& [kernel, m_from] :
+         select_kernels({weight_dtype, cpu_features().chosen}).gemms) {
       EXPECT_NE(text.find(kernel->name), std::string::npos) << text;
     }
   }
@@ -250,13 +263,15 @@ TEST(Registry, ExplainsWhatItChose) {
 // it got.
 TEST(Registry, TheRowsOfOneMethodGiveTheSameBits) {
   for (DType weight_dtype : kWeightDTypes) {
-    const KernelSet set = select_kernels(weight_dtype, cpu_features().chosen);
+    KernelRequest request{weight_dtype, cpu_features().chosen};
+    request.group_size = weight_dtype == DType::kInt4 ? 64 : 0;
+    request.deterministic = true;
+    const KernelSet set = select_kernels(request);
     const Problem p =
         make_problem(layout_of(weight_dtype, 64), 13, 576, 64, true, Fill::kRandom, 23);
-    const std::vector<float> expected =
-        run_gemm(set.gemms[0]->gemm, set.gemms[0]->expand, set.a_dtype, p);
-    for (const GemmKernel* kernel : set.gemms) {
-      const std::vector<float> c = run_gemm(kernel->gemm, kernel->expand, set.a_dtype, p);
+    const std::vector<float> expected = run_gemm(*set.gemms[0].kernel, p);
+    for (const auto& [kernel, m_from] : set.gemms) {
+      const std::vector<float> c = run_gemm(*kernel, p);
       EXPECT_EQ(first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size())), -1)
           << kernel->name;
     }

@@ -39,17 +39,17 @@ std::string error_of(const std::function<void()>& body) {
 
 TEST(ForeignRows, AreChosenOnRequestOrByTheirRows) {
   const IsaSet all = kVnni | kIsaAvx512Bf16;
-  const std::string before = explain_kernels(DType::kInt8, all, GemmChoice::kAuto);
+  const std::string before = explain_kernels({DType::kInt8, all, GemmChoice::kAuto});
   EXPECT_NE(error_of([&] {
-              select_kernels(DType::kInt8, all, GemmChoice::kOneDnn);
+              select_kernels({DType::kInt8, all, GemmChoice::kOneDnn});
             }).find("KT_GEMM=\"onednn\""),
             std::string::npos);
 
   register_gemm(foreign_row("gemm_u8_int8_fp32_32x64x4_test", DType::kInt8, 0));
-  EXPECT_EQ(explain_kernels(DType::kInt8, all, GemmChoice::kAuto), before);
-  EXPECT_EQ(explain_kernels(DType::kInt8, all, GemmChoice::kNative), before);
+  EXPECT_EQ(explain_kernels({DType::kInt8, all, GemmChoice::kAuto}), before);
+  EXPECT_EQ(explain_kernels({DType::kInt8, all, GemmChoice::kNative}), before);
   for (const IsaSet isa : {kVnni, all}) {
-    const KernelSet set = select_kernels(DType::kInt8, isa, GemmChoice::kOneDnn);
+    const KernelSet set = select_kernels({DType::kInt8, isa, GemmChoice::kOneDnn});
     ASSERT_EQ(set.gemms.size(), 1u);
     EXPECT_EQ(set.a_dtype, DType::kUint8);
     EXPECT_STREQ(set.rowwise->name, "rowwise_avx512");
@@ -57,29 +57,29 @@ TEST(ForeignRows, AreChosenOnRequestOrByTheirRows) {
       EXPECT_STREQ(set.for_rows(m).name, "gemm_u8_int8_fp32_32x64x4_test");
   }
   EXPECT_NE(
-      explain_kernels(DType::kInt8, all, GemmChoice::kOneDnn).find("m>=1 gemm_u8_int8_fp32_32"),
+      explain_kernels({DType::kInt8, all, GemmChoice::kOneDnn}).find("m>=1 gemm_u8_int8_fp32_32"),
       std::string::npos);
 
   // where its features are missing or it has no row, the wish is refused; int4 is always ours
   const std::string missing = error_of([] {
-    select_kernels(DType::kInt8, kIsaAvx2 | kIsaAvx512 | kIsaAvx512Bf16, GemmChoice::kOneDnn);
+    select_kernels({DType::kInt8, kIsaAvx2 | kIsaAvx512 | kIsaAvx512Bf16, GemmChoice::kOneDnn});
   });
   EXPECT_NE(missing.find("needs avx2 avx512 avx512vnni, but in use are: avx2 avx512 avx512bf16"),
             std::string::npos)
       << missing;
   EXPECT_NE(error_of([&] {
-              select_kernels(DType::kBFloat16, all, GemmChoice::kOneDnn);
+              select_kernels({DType::kBFloat16, all, GemmChoice::kOneDnn});
             }).find("for bf16 weights"),
             std::string::npos);
-  EXPECT_EQ(explain_kernels(DType::kInt4, all, GemmChoice::kOneDnn),
-            explain_kernels(DType::kInt4, all, GemmChoice::kNative));
+  EXPECT_EQ(explain_kernels({DType::kInt4, all, GemmChoice::kOneDnn}),
+            explain_kernels({DType::kInt4, all, GemmChoice::kNative}));
 
   // a row that was measured faster from 16 rows on
   register_gemm(foreign_row("gemm_u8_int8_fp32_16x64x4_test", DType::kInt8, 16));
-  const KernelSet chosen = select_kernels(DType::kInt8, all, GemmChoice::kAuto);
+  const KernelSet chosen = select_kernels({DType::kInt8, all, GemmChoice::kAuto});
   EXPECT_EQ(chosen.for_rows(15).source, GemmSource::kNative);
   EXPECT_STREQ(chosen.for_rows(16).name, "gemm_u8_int8_fp32_16x64x4_test");
-  EXPECT_EQ(explain_kernels(DType::kInt8, all, GemmChoice::kNative), before);
+  EXPECT_EQ(explain_kernels({DType::kInt8, all, GemmChoice::kNative}), before);
 }
 
 TEST(ForeignRows, AreRefusedTwiceAndWhereBitsWouldDependOnTheRows) {

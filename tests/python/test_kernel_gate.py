@@ -28,13 +28,15 @@ from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
 # The instructions that multiply, and the products of a 64-byte one. A kernel multiplies with the first of them that it
 # has: what comes later in the list adds pairs or folds groups there.
 MULTIPLIERS = {
+    r"tdpb(us|su)d": 16 * 16 * 64,  # of a tile
+    r"tdpbf16ps": 16 * 16 * 32,
     r"vpdpbusd": 64,
     r"vdpbf16ps": 32,
     r"vpmaddubsw": 64,
     r"vpmaddwd": 32,
     r"vfmadd\d+ps": 16,
 }
-REGISTER_BYTES = {"x": 16, "y": 32, "z": 64}
+REGISTER_BYTES = {"x": 16, "y": 32, "z": 64, "t": 64}
 
 # Instructions for 1,000 products that the hot loops of a source may take, by function. Counted with g++ 12.2, and a
 # tenth more: a spilled tile of 6 rows takes twice as many. `<1` is decode, the largest number the full tile.
@@ -138,7 +140,7 @@ def hot_loops(path: Path) -> list[Loop]:
         for begin, end in loop_ranges(body):
             inside = [at for at in body if begin <= at.address <= end]
             widths = [
-                REGISTER_BYTES[re.findall(r"%([xyz])mm", at.operands)[-1]]
+                REGISTER_BYTES[re.findall(r"%([xyzt])mm", at.operands)[-1]]
                 for at in inside
                 if re.fullmatch(multiplier[0], at.name)
             ]

@@ -32,6 +32,7 @@ def check_batches(layout: str, config: MoEConfig, batches: list[int]) -> None:
         experts.forward(hidden, ids, torch.ones(tokens, config.top_k))
         estimate = scratch_bytes(
             [layout],
+            num_experts=EXPERTS,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_tokens=max(batches[: i + 1]),
@@ -58,7 +59,10 @@ def test_buffers_are_no_larger_than_estimated(
 
 
 def test_two_layouts_share_the_largest_of_each_buffer() -> None:
-    sizes = {"hidden_size": 2048, "intermediate_size": 768, "num_tokens": 4096, "top_k": 8, "num_threads": 4}
+    sizes = {
+        "num_experts": 128, "hidden_size": 2048, "intermediate_size": 768, "num_tokens": 4096, "top_k": 8,
+        "num_threads": 4,
+    }  # fmt: skip
     int4, bf16 = (METHODS[name].layout for name in ("AMXINT4", "BF16"))
     both = scratch_bytes([int4, bf16], **sizes)
     one = [scratch_bytes([layout], **sizes) for layout in (int4, bf16)]

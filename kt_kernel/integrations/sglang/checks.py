@@ -441,6 +441,7 @@ def forward_bytes(server_args: Any, source: ExpertSource, *, num_tokens: int, to
         layouts.append(METHODS["BF16"].layout)
     buffers = scratch_bytes(
         layouts,
+        num_experts=source.num_experts,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
         num_tokens=num_tokens,

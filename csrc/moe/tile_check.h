@@ -1,0 +1,36 @@
+// Whether the kernels in AMX tiles are right on this machine, and faster than oneDNN's: asked once,
+// of one real expert, before any of their results is used.
+#pragma once
+
+#include <string>
+
+#include "kernels/registry.h"
+#include "moe/expert_store.h"
+
+namespace kt {
+
+class MoeScratch;
+
+struct TileReport {
+  TileVerdict verdict = TileVerdict::kRight;
+  std::string text;  // one or two sentences with the figures
+};
+
+// Runs some rows through `expert` by the kernels of `request`, by those of the same features without
+// AMX, and by the scalar ones. The same bits are expected of integer sums; where bf16 is multiplied,
+// a difference of at most 1/64 of the result's length (tile_check.cpp).
+//
+// Where they are right, oneDNN has a row for these weights, request.choice is kAuto and neither
+// KT_FORCE_ISA nor request.deterministic (of bf16) fixes the choice: times both on the same expert
+// and gives kSlower where ours took longer. A choice made by a clock may change between starts;
+// nothing of it is kept on disk.
+//
+// Threads  as MoeLayer::forward(). Some milliseconds; the scalar kernels take most of them.
+TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& scratch,
+                       const KernelRequest& request, int expert);
+
+// What the figures of check_tiles() lead to. `times` are medians in seconds; 0: not measured.
+TileReport judge_tiles(const GemmKernel& tiles, double difference, const char* other,
+                       double tile_seconds, double onednn_seconds);
+
+}  // namespace kt
