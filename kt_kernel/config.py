@@ -77,8 +77,8 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "KT_DETERMINISTIC",
         "0",
         "csrc/kernels/registry.cpp",
-        "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights and for int4 "
-        "in groups below 128",
+        "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights and for "
+        "int4 in groups below 128",
     ),
     EnvironmentVariable(
         "KT_SPIN_US",

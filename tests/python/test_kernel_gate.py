@@ -44,6 +44,8 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gemm_int8_avx2.cpp": {r"<1": 323, r"<[2-5]": 250, r"<6": 230},
     "gemm_int4_avx2.cpp": {r"<1, false": 157, r"<1, true": 123, r"<[2-5]": 163, r"<6": 149},
     "gemm_bf16_avx2.cpp": {r"<1": 507, r"<[23]": 413, r"<[45]": 353, r"<6": 316},
+    "gemm_int8_avxvnni.cpp": {r"<1": 73, r"<[2-5]": 97, r"<6": 77},
+    "gemm_int4_avxvnni.cpp": {r"<1": 116, r"<[2-5]": 97, r"<6": 77},
     "gemm_int8_avx512.cpp": {r"<1": 155, r"<[23]": 121, r"<4": 104},
     "gemm_int4_avx512.cpp": {r"<1": 74, r"<2": 56},
     "gemm_bf16_avx512.cpp": {r"<1": 224, r"<[2-4]": 181, r"<5": 148},
@@ -94,7 +96,7 @@ def functions_of(path: Path) -> dict[str, list[Instruction]]:
     ).stdout
     functions = {}
     for match in re.finditer(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n?)+)", text, re.MULTILINE):
-        lines = re.findall(r"^\s*([0-9a-f]+):\t(\S+)[ ]*(.*)$", match.group(2), re.MULTILINE)
+        lines = re.findall(r"^\s*([0-9a-f]+):\t(?:\{vex\} )?(\S+)[ ]*(.*)$", match.group(2), re.MULTILINE)
         functions[match.group(1)] = [Instruction(int(address, 16), name, rest) for address, name, rest in lines]
     return functions
 

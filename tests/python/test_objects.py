@@ -21,6 +21,7 @@ ISA_FOLDER = "csrc/kernels/x86/"
 
 # Instructions by the feature they need. Whatever is VEX or EVEX encoded begins with v.
 FEATURE_INSTRUCTIONS = {
+    "kIsaAvxVnni": re.compile(r"\{vex\} vpdp(bus|wss)ds?$"),
     "kIsaAvx512Vnni": re.compile(r"vpdp(bus|wss)ds?$"),
     "kIsaAvx512Bf16": re.compile(r"v(dpbf16ps|cvtne2?ps2bf16)"),
     "kIsaAvx512Vbmi": re.compile(r"v(permi2b|permt2b|permb|pmultishiftqb)$"),
@@ -31,7 +32,7 @@ PREFIXES = "rep|repz|repnz|lock|bnd|notrack|data16|cs"
 EVEX_ONLY = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 # Not tzcnt: it is what objdump calls the `rep bsf` that gcc emits for plain x86-64, and old CPUs run it as bsf.
 ABOVE_BASELINE = re.compile(
-    r"v(?!err|erw|mcall|mlaunch)\w+$|tdp|tile|popcnt|lzcnt|andn$|bextr|bls|bzhi|mulx|rorx|sarx|shlx|shrx|pdep|pext"
+    r"\{vex\}|v(?!err|erw|mcall|mlaunch)\w+$|tdp|tile|popcnt|lzcnt|andn$|bextr|bls|bzhi|mulx|rorx|sarx|shlx|shrx|pdep|pext"
     r"|movbe|crc32|pshufb|palignr|pmull[d]|ptest|round[ps][sd]|blendv|pblend|pextr[bdq]|pinsr[bdq]|ph(add|sub)"
 )
 
@@ -84,11 +85,14 @@ def symbols(path: Path) -> list[tuple[str, str]]:
 
 
 def instructions(path: Path) -> set[tuple[str, bool]]:
-    """Distinct (mnemonic, whether it names an EVEX-only register) of all code sections."""
+    """Distinct (mnemonic, whether it names an EVEX-only register) of all code sections.
+
+    Where an instruction has both encodings, objdump puts ``{vex}`` before the older one, and so does the mnemonic.
+    """
     command = ["objdump", "-d", "--no-show-raw-insn", "--no-addresses", path]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = set()
-    for match in re.finditer(rf"^\s+(?:(?:{PREFIXES}) )*([a-z][a-z0-9]*)(.*)$", text, re.M):
+    for match in re.finditer(rf"^\s+(?:(?:{PREFIXES}) )*((?:\{{vex\}} )?[a-z][a-z0-9]*)(.*)$", text, re.M):
         found.add((match.group(1), bool(EVEX_ONLY.search(match.group(2)))))
     assert found, f"objdump printed no instruction of {path}"
     return found
@@ -170,6 +174,7 @@ void add(const float* a, float* b) { _mm512_storeu_ps(b, _mm512_add_ps(_mm512_lo
 void dot(const void* a, void* b) {
   _mm512_storeu_si512(b, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(a), _mm512_loadu_si512(b)));
 }
+__m256i vex_dot(__m256i sum, __m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 }  // namespace kt
 """
 
@@ -180,7 +185,7 @@ def planted_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert compiler, "g++ is missing; install.sh installs it"
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.cpp").write_text(PLANTED)
-    command = [compiler, "-O1", "-mavx512f", "-mavx512vnni", "-c", "planted.cpp", "-o", "planted.cpp.o"]
+    command = [compiler, "-O1", "-mavx512f", "-mavx512vnni", "-mavxvnni", "-c", "planted.cpp", "-o", "planted.cpp.o"]
     subprocess.run(command, check=True, cwd=folder)
     return folder / "planted.cpp.o"
 
@@ -188,8 +193,12 @@ def planted_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_planted_instructions_are_found(planted_object: Path) -> None:
     assert any("vaddps" in finding for finding in baseline_findings(planted_object))
     assert any("register" in finding for finding in isa_findings(planted_object, {"kIsaAvx2"}))
-    assert any("vpdpbusd" in finding for finding in isa_findings(planted_object, {"kIsaAvx2", "kIsaAvx512"}))
-    assert not isa_findings(planted_object, {"kIsaAvx2", "kIsaAvx512", "kIsaAvx512Vnni"})
+    assert any(re.search(r": \{vex\} vpdpbusd", finding) for finding in baseline_findings(planted_object))
+    every = {"kIsaAvx2", "kIsaAvx512", "kIsaAvx512Vnni", "kIsaAvxVnni"}
+    assert not isa_findings(planted_object, every)
+    assert isa_findings(planted_object, every - {"kIsaAvx512Vnni"}) == ["planted.cpp.o: vpdpbusd needs kIsaAvx512Vnni"]
+    vex = isa_findings(planted_object, every - {"kIsaAvxVnni"})
+    assert vex == ["planted.cpp.o: {vex} vpdpbusd needs kIsaAvxVnni"]
 
 
 def test_planted_symbols_are_found(planted_object: Path) -> None:
@@ -206,6 +215,7 @@ def test_planted_symbols_are_found(planted_object: Path) -> None:
         ("probe_avx2.cpp", "peak_probe_bf16_avx2", r"vfmadd\w+", 12),
         ("probe_avx512.cpp", "peak_probe_int8_avx512", "vpmaddubsw", 8),
         ("probe_avx512.cpp", "peak_probe_bf16_avx512", r"vfmadd\w+", 24),
+        ("probe_avxvnni.cpp", "peak_probe_int8_avxvnni", r"\{vex\} vpdpbusd", 12),
         ("probe_avx512vnni.cpp", "peak_probe_int8_avx512vnni", "vpdpbusd", 24),
         ("probe_avx512bf16.cpp", "peak_probe_bf16_avx512bf16", "vdpbf16ps", 24),
     ],
@@ -217,7 +227,7 @@ def test_peak_probes_multiply_as_often_as_they_claim(source, symbol, instruction
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     body = re.search(rf"<kt::{symbol}\(long\)>:\n(.*?)(?:\n\n|\Z)", text, re.S)
     assert body, f"objdump shows no {symbol} in {path}"
-    assert len(re.findall(rf"\b{instruction}\b", body.group(1))) == times
+    assert len(re.findall(rf"\t{instruction}\b", body.group(1))) == times
 
 
 def test_an_object_older_than_its_source_is_found(tmp_path: Path) -> None:

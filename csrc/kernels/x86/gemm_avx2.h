@@ -80,5 +80,48 @@ struct Prefetch {
   }
 };
 
+// The end of an int8 product: c holds the integer sums; makes them c = (float(sum) * w_scale) *
+// a_scale.
+inline void scale_int8_sums(const GemmArgs& args) {
+  const uint8_t* scales = args.panel + int64_t{args.k} * kPanelColumns + kPanelColumns * 4;
+  for (int i = 0; i < args.m; ++i) {
+    const __m256 a_scale = _mm256_set1_ps(args.a_scale[source_row(args, i)]);
+    float* c = args.c + i * args.c_stride;
+    for (int j = 0; j < kPanelColumns; j += 8) {
+      const __m256 w_scale = _mm256_castsi256_ps(load_bytes(scales + j * 4));
+      const __m256 sum = _mm256_cvtepi32_ps(load_bytes(c + j));
+      _mm256_storeu_ps(c + j, _mm256_mul_ps(_mm256_mul_ps(sum, w_scale), a_scale));
+    }
+  }
+}
+
+// 8 bf16 scales as fp32.
+inline __m256 load_bf16_scales(const uint8_t* source) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+
+// The start of an int4 tile, whose results accumulate in memory: they are touched once a group, the
+// registers hold the integer sums.
+template <int kRows>
+inline void clear_int4_tile(float* c, int64_t stride) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < tile_vectors(kRows); ++v)
+      _mm256_storeu_ps(c + r * stride + v * 8, _mm256_setzero_ps());
+  }
+}
+
+// The end of an int4 tile of rows `begin` and up: c *= a_scale.
+template <int kRows>
+inline void scale_int4_tile(const GemmArgs& args, int begin, float* c) {
+  for (int r = 0; r < kRows; ++r) {
+    const __m256 a_scale = _mm256_set1_ps(args.a_scale[source_row(args, begin + r)]);
+    for (int v = 0; v < tile_vectors(kRows); ++v) {
+      float* dst = c + r * args.c_stride + v * 8;
+      _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_loadu_ps(dst), a_scale));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kt

@@ -98,12 +98,10 @@ inline void widen_block(bool first, bool last, int32_t (&partial)[kRows][kVector
 template <bool kExpanded>
 inline __m256 load_scale(const uint8_t* scales, int column) {
   if constexpr (kExpanded) return _mm256_castsi256_ps(load_bytes(scales + column * 4));
-  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + column * 2));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+  return load_bf16_scales(scales + column * 2);
 }
 
-// One tile over all k. c accumulates in memory: it is touched once a group, the registers hold the
-// integer sums.
+// One tile over all k.
 template <int kRows, bool kExpanded>
 void tile(const GemmArgs& args, int begin, int column) {
   constexpr int kVectors = tile_vectors(kRows);
@@ -116,10 +114,7 @@ void tile(const GemmArgs& args, int begin, int column) {
     group_sum[r] = args.a_group_sum + source_row(args, begin + r) * args.a_group_sum_stride;
   }
   float* c = args.c + begin * args.c_stride + column;
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v)
-      _mm256_storeu_ps(c + r * args.c_stride + v * 8, _mm256_setzero_ps());
-  }
+  clear_int4_tile<kRows>(c, args.c_stride);
 
   // The passes of the first row block fetch the next panel, a part each. A single row streams and
   // needs no help.
@@ -161,13 +156,7 @@ void tile(const GemmArgs& args, int begin, int column) {
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    const __m256 a_scale = _mm256_set1_ps(args.a_scale[source_row(args, begin + r)]);
-    for (int v = 0; v < kVectors; ++v) {
-      float* dst = c + r * args.c_stride + v * 8;
-      _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_loadu_ps(dst), a_scale));
-    }
-  }
+  scale_int4_tile<kRows>(args, begin, c);
 }
 
 template <int kRows, bool kExpanded>

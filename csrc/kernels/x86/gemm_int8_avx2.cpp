@@ -118,20 +118,6 @@ using RowBlockFn = void (*)(const ActivationPairs&, const uint8_t*, int, bool, i
 constexpr RowBlockFn kRowBlocks[kMaxRows] = {row_block<1>, row_block<2>, row_block<3>,
                                              row_block<4>, row_block<5>, row_block<6>};
 
-// c holds the integer sums; makes them c = (float(sum) * w_scale) * a_scale.
-void apply_scales(const GemmArgs& args) {
-  const uint8_t* scales = args.panel + int64_t{args.k} * kPanelColumns + kPanelColumns * 4;
-  for (int i = 0; i < args.m; ++i) {
-    const __m256 a_scale = _mm256_set1_ps(args.a_scale[source_row(args, i)]);
-    float* c = args.c + i * args.c_stride;
-    for (int j = 0; j < kPanelColumns; j += 8) {
-      const __m256 w_scale = _mm256_castsi256_ps(load_bytes(scales + j * 4));
-      const __m256 sum = _mm256_cvtepi32_ps(load_bytes(c + j));
-      _mm256_storeu_ps(c + j, _mm256_mul_ps(_mm256_mul_ps(sum, w_scale), a_scale));
-    }
-  }
-}
-
 }  // namespace
 
 void gemm_s8_int8_fp32_6x16x4_avx2(const GemmArgs& args) {
@@ -151,7 +137,7 @@ void gemm_s8_int8_fp32_6x16x4_avx2(const GemmArgs& args) {
       i += rows;
     }
   }
-  apply_scales(args);
+  scale_int8_sums(args);
 }
 
 }  // namespace kt
