@@ -1,4 +1,7 @@
-"""``python -m kt_kernel.collect_env [--json]``: machine, ISA, limits, versions, kernels, for bug reports."""
+"""Machine, ISA, limits, versions, kernels, for bug reports.
+
+``python -m kt_kernel.collect_env [--json] [--readings FILE]``; with a file, what another machine would choose.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,6 +18,8 @@ from typing import Any
 
 _PACKAGES = ("sglang", "transformers", "safetensors", "numpy", "triton")
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy")
+_WORDS = ("vendor", "brand")  # of the readings; the others are registers, and tile_errno
+_REGISTER_BITS = {"xcr0": 64}  # the others have 32
 
 
 def _version(package: str) -> str | None:
@@ -36,8 +42,8 @@ def collect() -> dict[str, Any]:
     Returns
     -------
     dict
-        Sections ``versions``, ``machine``, ``isa``, ``topology``, ``kernels``, ``methods``, ``environment``. No user
-        names, paths or addresses.
+        Sections ``versions``, ``machine``, ``isa``, ``readings``, ``topology``, ``kernels``, ``methods``,
+        ``environment``. No user names, paths or addresses.
     """
     import torch
 
@@ -68,12 +74,8 @@ def collect() -> dict[str, Any]:
                 name for name in _PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.upper())
             ],
         },
-        "isa": {
-            "found": features["found"],
-            "chosen": features["chosen"],
-            "tier": features["tier"],
-            "reason": features["reason"],
-        },
+        "isa": _isa(features),
+        "readings": _shown_readings(_ext.cpu_readings()),
         "topology": topology,
         "kernels": {
             "table": _ext.list_kernels(),
@@ -86,6 +88,75 @@ def collect() -> dict[str, Any]:
             },
             "warnings": _environment_warnings(),
         },
+    }
+
+
+def _isa(features: dict[str, Any]) -> dict[str, str]:
+    return {name: features[name] for name in ("found", "chosen", "tier", "reason")}
+
+
+def _shown_readings(readings: dict[str, Any]) -> dict[str, Any]:
+    """Readings with registers in hexadecimal, as ``--json`` has them."""
+    plain = (*_WORDS, "tile_errno")
+    return {name: value if name in plain else hex(value) for name, value in readings.items()}
+
+
+def load_readings(path: str) -> dict[str, Any]:
+    """The readings in a file: a report of ``--json``, or its section ``readings`` alone.
+
+    Raises
+    ------
+    ValueError
+        The file cannot be read, or is neither; the message names the file and the value.
+    """
+    from kt_kernel import _ext
+
+    try:
+        report = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
+    section = report.get("readings", report) if isinstance(report, dict) else {}
+    names = list(_ext.cpu_readings())
+    if not isinstance(section, dict) or set(section) != set(names):
+        raise ValueError(f'{path} must have what --json prints under "readings": {", ".join(names)}.')
+    return {name: _reading(path, name, section[name]) for name in names}
+
+
+def _reading(path: str, name: str, value: Any) -> str | int | None:
+    """One value of a file of readings, checked."""
+    if name in _WORDS:
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"{path}: {name} is {value!r}; it must be text.")
+    if name == "tile_errno" and value is None:
+        return None
+    number = value if type(value) is int else -1
+    if isinstance(value, str) and re.fullmatch("0x[0-9a-fA-F]+", value):
+        number = int(value, 16)
+    bits = 31 if name == "tile_errno" else _REGISTER_BITS.get(name, 32)
+    if 0 <= number < 2**bits:
+        return number
+    raise ValueError(f'{path}: {name} is {value!r}; it must be a number of {bits} bits, such as "0x2e7".')
+
+
+def explain(readings: dict[str, Any]) -> dict[str, Any]:
+    """What kt_kernel finds and chooses on the CPU of the readings, whatever this host is.
+
+    ``KT_FORCE_ISA`` and ``KT_GEMM`` do not count: they are this process's.
+
+    Returns
+    -------
+    dict
+        Sections ``machine``, ``isa``, ``readings`` and ``kernels``, as of `collect`.
+    """
+    from kt_kernel import _ext
+
+    features = _ext.detect_features(readings)
+    return {
+        "machine": {"cpu": features["cpu_name"]},
+        "isa": _isa(features),
+        "readings": _shown_readings(readings),
+        "kernels": {"choice": features["kernels"]},
     }
 
 
@@ -133,19 +204,33 @@ def _cpu_ranges(cpus: list[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
 
 
+def _section(title: str, facts: dict[str, Any]) -> list[str]:
+    return [title, *(f"  {name + ':':26}{_shown(value)}" for name, value in facts.items())]
+
+
+def _isa_lines(report: dict[str, Any]) -> list[str]:
+    readings = dict(report["readings"])
+    errno = readings.pop("tile_errno")
+    answer = "not asked" if errno is None else f"errno {errno}" if errno else "granted"
+    return [
+        *_section("instruction sets", report["isa"]),
+        *_section("readings of CPUID and XCR0", {**readings, "request for AMX tiles": answer}),
+    ]
+
+
+def format_explanation(report: dict[str, Any]) -> str:
+    """The report of `explain` as text."""
+    choices = [f"  {choice}" for choice in report["kernels"]["choice"].values()]
+    return "\n".join([*_section("machine", report["machine"]), *_isa_lines(report), "kernels", *choices])
+
+
 def format_report(report: dict[str, Any]) -> str:
     """The report as text, one fact a line."""
-    lines = []
-
-    def section(title: str, facts: dict[str, Any]) -> None:
-        lines.append(title)
-        lines.extend(f"  {name + ':':26}{_shown(value)}" for name, value in facts.items())
-
-    section("versions", report["versions"])
-    section("machine", report["machine"])
-    section("instruction sets", report["isa"])
+    lines = _section("versions", report["versions"])
+    lines += _section("machine", report["machine"])
+    lines += _isa_lines(report)
     topology = report["topology"]
-    section(
+    lines += _section(
         "topology and limits",
         {
             "usable physical cores": topology["num_cores"],
@@ -165,8 +250,10 @@ def format_report(report: dict[str, Any]) -> str:
     lines.extend(f"  {choice}" for choice in report["kernels"]["choice"].values())
     for row in report["kernels"]["table"]:
         lines.append(f"  {row['name']:46}{row['isa']:28}{'' if row['supported'] else 'not on this CPU'}".rstrip())
-    section("methods", {name: f"{method['layout']}: {method['is']}" for name, method in report["methods"].items()})
-    section("KT_* variables", report["environment"]["set"] or {"set": "none"})
+    lines += _section(
+        "methods", {name: f"{method['layout']}: {method['is']}" for name, method in report["methods"].items()}
+    )
+    lines += _section("KT_* variables", report["environment"]["set"] or {"set": "none"})
     lines.extend(f"  warning: {warning}" for warning in report["environment"]["warnings"])
     return "\n".join(lines)
 
@@ -183,15 +270,21 @@ def _shown(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m kt_kernel.collect_env", description=__doc__)
+    description = "machine, instruction sets, limits, versions and kernels, for bug reports"
+    parser = argparse.ArgumentParser(prog="python -m kt_kernel.collect_env", description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--readings", metavar="FILE", help="explain the choice on another machine, from what --json printed there"
+    )
     args = parser.parse_args(argv)
     try:
-        report = collect()
+        report = collect() if args.readings is None else explain(load_readings(args.readings))
     except (ValueError, RuntimeError) as error:
-        print(f"kt_kernel cannot describe this machine: {error}", file=sys.stderr)
+        message = f"kt_kernel cannot describe this machine: {error}" if args.readings is None else str(error)
+        print(message, file=sys.stderr)
         return 1
-    print(json.dumps(report, indent=1) if args.json else format_report(report))
+    text = format_report if args.readings is None else format_explanation
+    print(json.dumps(report, indent=1) if args.json else text(report))
     return 0
 
 

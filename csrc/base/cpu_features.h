@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace kt {
@@ -18,6 +19,37 @@ constexpr IsaSet kIsaAvx512Vbmi = 1u << 4;  // vpermi2b
 constexpr IsaSet kIsaAvxVnni = 1u << 5;     // VEX vpdpbusd
 constexpr IsaSet kIsaAmxInt8 = 1u << 6;     // tiles with int8, permission granted
 constexpr IsaSet kIsaAmxBf16 = 1u << 7;     // tiles with bf16, permission granted
+
+// What the CPU and the operating system say of themselves: all that detection goes by.
+struct CpuReadings {
+  std::string vendor;        // CPUID leaf 0
+  std::string brand;         // leaves 0x80000002..4, without spaces around it
+  uint32_t max_leaf = 0;     // leaf 0
+  uint32_t leaf1_ecx = 0;    // bit 27: OSXSAVE
+  uint32_t leaf7_ebx = 0;    // subleaf 0
+  uint32_t leaf7_ecx = 0;    // subleaf 0
+  uint32_t leaf7_edx = 0;    // subleaf 0
+  uint32_t leaf7_1_eax = 0;  // subleaf 1
+  uint64_t xcr0 = 0;         // register states that the system saves; 0 without OSXSAVE
+  // errno of the request for AMX tiles, 0 where the kernel granted them; empty: not asked.
+  std::optional<int> tile_errno;
+};
+
+// Reads them. Asks for the tiles (for the whole process, for good) where CPUID and XCR0 have them;
+// with `ask_for_tiles`, anywhere.
+CpuReadings read_cpu(bool ask_for_tiles);
+
+// What detect_features() found.
+struct Detection {
+  IsaSet found = kIsaReference;
+  // Which tier of the next higher ones is not counted and why, as a part of a sentence; or what is
+  // odd with the found ones. Empty: everything is counted.
+  std::string left_out;
+};
+
+// A pure function of the readings. AMX counts where the kernel granted tiles, even if CPUID does
+// not report it: read_cpu() asks there only when told to.
+Detection detect_features(const CpuReadings& readings);
 
 // The features found, the features in use, and why they differ.
 struct CpuFeatures {
@@ -43,8 +75,16 @@ std::string isa_tier(IsaSet isa);
 // Errors   kt::Error naming the value and the allowed words, or a tier the host lacks.
 CpuFeatures choose_features(IsaSet found, const char* force);
 
-// Detected once (CPUID, XGETBV, AMX permission) with KT_FORCE_ISA applied; throws what
-// choose_features throws on every call. Thread-safe.
+// The same for what detect_features() finds in the readings, with the CPU's name, and with what is
+// left out in the reason.
+CpuFeatures choose_features(const CpuReadings& readings, const char* force);
+
+// The readings of this host, made once. KT_FORCE_ISA=amx asks for the tiles whatever CPUID says.
+// Thread-safe.
+const CpuReadings& cpu_readings();
+
+// choose_features() of cpu_readings() and KT_FORCE_ISA, made once; throws what that throws on every
+// call. Thread-safe.
 const CpuFeatures& cpu_features();
 
 }  // namespace kt

@@ -15,14 +15,53 @@ namespace py = pybind11;
 namespace kt {
 namespace {
 
-py::dict features_dict() {
-  const CpuFeatures& features = cpu_features();
+py::dict dict_of(const CpuFeatures& features) {
   py::dict out;
   out["found"] = isa_name(features.found);
   out["chosen"] = isa_name(features.chosen);
   out["tier"] = features.tier;
   out["reason"] = features.reason;
   out["cpu_name"] = features.cpu_name;
+  return out;
+}
+
+py::dict readings_dict() {
+  const CpuReadings& readings = cpu_readings();
+  py::dict out;
+  out["vendor"] = readings.vendor;
+  out["brand"] = readings.brand;
+  out["max_leaf"] = readings.max_leaf;
+  out["leaf1_ecx"] = readings.leaf1_ecx;
+  out["leaf7_ebx"] = readings.leaf7_ebx;
+  out["leaf7_ecx"] = readings.leaf7_ecx;
+  out["leaf7_edx"] = readings.leaf7_edx;
+  out["leaf7_1_eax"] = readings.leaf7_1_eax;
+  out["xcr0"] = readings.xcr0;
+  out["tile_errno"] = readings.tile_errno;
+  return out;
+}
+
+// What cpu_features() and explain_kernels() would say on the CPU of the readings, without
+// KT_FORCE_ISA and KT_GEMM: `in` has the keys of readings_dict().
+py::dict detected_dict(const py::dict& in) {
+  CpuReadings readings;
+  readings.vendor = in["vendor"].cast<std::string>();
+  readings.brand = in["brand"].cast<std::string>();
+  readings.max_leaf = in["max_leaf"].cast<uint32_t>();
+  readings.leaf1_ecx = in["leaf1_ecx"].cast<uint32_t>();
+  readings.leaf7_ebx = in["leaf7_ebx"].cast<uint32_t>();
+  readings.leaf7_ecx = in["leaf7_ecx"].cast<uint32_t>();
+  readings.leaf7_edx = in["leaf7_edx"].cast<uint32_t>();
+  readings.leaf7_1_eax = in["leaf7_1_eax"].cast<uint32_t>();
+  readings.xcr0 = in["xcr0"].cast<uint64_t>();
+  readings.tile_errno = in["tile_errno"].cast<std::optional<int>>();
+  const CpuFeatures features = choose_features(readings, nullptr);
+  py::dict kernels;
+  for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
+    kernels[dtype_name(dtype)] = explain_kernels(dtype, features.chosen, GemmChoice::kNative);
+  }
+  py::dict out = dict_of(features);
+  out["kernels"] = kernels;
   return out;
 }
 
@@ -381,7 +420,9 @@ void bind_kernel_bench(py::module_& m) {
 PYBIND11_MODULE(_ext, m) {
   m.doc() = "Native part of kt_kernel; tensors go through torch.ops.kt_kernel.";
   m.attr("built_torch_version") = KT_BUILT_TORCH_VERSION;
-  m.def("cpu_features", &kt::features_dict);
+  m.def("cpu_features", [] { return kt::dict_of(kt::cpu_features()); });
+  m.def("cpu_readings", &kt::readings_dict);
+  m.def("detect_features", &kt::detected_dict, py::arg("readings"));
   m.def("list_kernels", &kt::kernel_list);
   m.def("explain_kernels", &kt::explain_for, py::arg("weight_dtype"), py::arg("group_size") = 0);
   m.def("packed_value_bytes", &kt::packed_value_bytes_of, py::arg("layout"));

@@ -1,5 +1,11 @@
+#include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 
+#include <atomic>
+#include <cerrno>
+#include <cstdarg>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -8,6 +14,34 @@
 
 #include "base/check.h"
 #include "base/cpu_features.h"
+
+namespace {
+
+// The answer to a request for tiles: 0, an errno, or the kernel's own; and how often it was asked.
+constexpr int kAskTheKernel = -1;
+std::atomic<int> tile_answer{kAskTheKernel};
+std::atomic<int> tile_requests{0};
+
+}  // namespace
+
+// In the place of libc's: what is no request for tiles goes on to it.
+extern "C" long syscall(long number, ...) noexcept {
+  va_list list;
+  va_start(list, number);
+  long words[6];
+  for (long& word : words) word = va_arg(list, long);
+  va_end(list);
+  if (number == SYS_arch_prctl && words[0] == 0x1023 && words[1] == 18) {
+    ++tile_requests;
+    if (tile_answer != kAskTheKernel) {
+      errno = tile_answer;
+      return tile_answer == 0 ? 0 : -1;
+    }
+  }
+  using Syscall = long (*)(long, ...);
+  static const auto next = reinterpret_cast<Syscall>(dlsym(RTLD_NEXT, "syscall"));
+  return next(number, words[0], words[1], words[2], words[3], words[4], words[5]);
+}
 
 namespace kt {
 namespace {
@@ -97,6 +131,108 @@ TEST(ChooseFeatures, RefusesATierTheHostLacks) {
   EXPECT_NE(error_of(kAvx2Host, "avx512"), "");
   EXPECT_NE(error_of(kIsaReference, "avx2"), "");
   EXPECT_EQ(error_of(kIsaReference, "reference"), "");
+}
+
+// The recorded machines are in tests/data/cpus (tests/python/test_collect_env.py); here is what no
+// such machine says.
+
+CpuReadings avx512_readings() {
+  CpuReadings readings;
+  readings.brand = "a CPU of a test";
+  readings.leaf1_ecx = 1u << 27 | 1u << 28 | 1u << 29 | 1u << 12;  // osxsave, avx, f16c, fma
+  readings.leaf7_ebx = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // avx2, avx512
+  readings.xcr0 = 0xe7;
+  return readings;
+}
+constexpr IsaSet kPlainAvx512 = kIsaAvx2 | kIsaAvx512;
+constexpr uint32_t kTileBit = 1u << 24;
+constexpr uint32_t kTileInt8Bit = 1u << 25;
+
+TEST(DetectFeatures, NeedsWhatIsBelow) {
+  CpuReadings readings = avx512_readings();
+  EXPECT_EQ(detect_features(readings).found, kPlainAvx512);
+  readings.leaf7_1_eax = 1u << 4;
+  EXPECT_EQ(detect_features(readings).found, kPlainAvx512 | kIsaAvxVnni);
+  readings.xcr0 = 0x67;
+  EXPECT_EQ(detect_features(readings).found, kAvx2Host);
+  readings.leaf7_ebx &= ~(1u << 5);
+  EXPECT_EQ(detect_features(readings).found, kIsaReference);
+  EXPECT_EQ(detect_features(CpuReadings{}).found, kIsaReference);
+}
+
+TEST(DetectFeatures, TakesTheKernelsWordForTiles) {
+  CpuReadings readings = avx512_readings();
+  readings.tile_errno = 0;
+  EXPECT_EQ(detect_features(readings).found, kPlainAvx512 | kIsaAmxInt8 | kIsaAmxBf16);
+  EXPECT_EQ(choose_features(readings, "amx").reason,
+            "KT_FORCE_ISA=\"amx\" leaves avx2 avx512 amxint8 amxbf16 of avx2 avx512 amxint8 "
+            "amxbf16; amx although CPUID does not report amx_tile, because the kernel grants "
+            "tiles.");
+  EXPECT_EQ(choose_features(readings, "amx").cpu_name, "a CPU of a test");
+  readings.leaf7_edx = kTileBit | kTileInt8Bit;
+  EXPECT_EQ(detect_features(readings).found, kPlainAvx512 | kIsaAmxInt8);
+  EXPECT_EQ(detect_features(readings).left_out, "");
+  readings.leaf7_edx = kTileBit;
+  EXPECT_EQ(detect_features(readings).found, kPlainAvx512);
+  EXPECT_TRUE(has(detect_features(readings).left_out, "amx_int8, amx_bf16"));
+  readings.leaf7_edx = kTileBit | kTileInt8Bit;
+  readings.xcr0 = 0x7;
+  EXPECT_EQ(detect_features(readings).found, kIsaAvx2) << "tiles need AVX-512 beside them";
+}
+
+TEST(DetectFeatures, RefusesAForcedTierThatTheKernelRefuses) {
+  CpuReadings readings = avx512_readings();
+  readings.tile_errno = EPERM;
+  EXPECT_EQ(choose_features(readings, nullptr).tier, "avx512");
+  EXPECT_EQ(choose_features(readings, "avx512").tier, "avx512");
+  try {
+    choose_features(readings, "amx");
+    FAIL() << "the kernel refused the tiles";
+  } catch (const Error& error) {
+    EXPECT_TRUE(has(error.what(), "has only: avx2 avx512; give avx512")) << error.what();
+    EXPECT_TRUE(has(error.what(), "errno 1, Operation not permitted), which CPUID does not report"))
+        << error.what();
+  }
+}
+
+TEST(ReadCpu, AsksForTilesWhereTheyAreOrWhenToldTo) {
+  tile_requests = 0;
+  const CpuReadings plain = read_cpu(false);
+  const bool has_tiles = (plain.leaf7_edx & kTileBit) != 0 && (plain.xcr0 >> 17 & 3) == 3;
+  EXPECT_EQ(plain.tile_errno.has_value(), has_tiles);
+  EXPECT_EQ(tile_requests, has_tiles ? 1 : 0);
+  for (const int answer : {EINVAL, ENOSYS, 0}) {
+    tile_requests = 0;
+    tile_answer = answer;
+    EXPECT_EQ(read_cpu(true).tile_errno, answer);
+    EXPECT_EQ(tile_requests, 1);
+  }
+  tile_answer = kAskTheKernel;
+}
+
+// In processes of their own: the readings are made once.
+TEST(CpuFeaturesDeathTest, AsksForTilesThatAreForced) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto run = [](const char* force, int answer) {
+    setenv("KT_FORCE_ISA", force, 1);
+    tile_answer = answer;
+    std::string tier;
+    try {
+      tier = cpu_features().tier;
+    } catch (const Error& error) {
+      tier = has(error.what(), "asks for the tier amx") ? "refused" : error.what();
+    }
+    std::fprintf(stderr, "tier %s after %d requests\n", tier.c_str(), tile_requests.load());
+    std::exit(0);
+  };
+  const auto exited = ::testing::ExitedWithCode(0);
+  const bool has_avx512 = (detect_features(read_cpu(false)).found & kIsaAvx512) != 0;
+  EXPECT_EXIT(run("amx,-amxbf16", 0), exited,
+              has_avx512 ? "tier amx after 1 requests" : "tier refused after 1 requests");
+  EXPECT_EXIT(run("amx", EINVAL), exited, "tier refused after 1 requests");
+  if (!read_cpu(false).tile_errno.has_value()) {
+    EXPECT_EXIT(run("reference", 0), exited, "tier reference after 0 requests");
+  }
 }
 
 // CPUID against the kernel's own reading of it.

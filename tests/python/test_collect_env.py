@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from kt_kernel import __version__, _ext, device_stream
-from kt_kernel.collect_env import collect, format_report, main
+from kt_kernel.collect_env import collect, explain, format_report, load_readings, main
 from kt_kernel.config import ENVIRONMENT, environment_table
 from kt_kernel.environment import CHECKS
 from kt_kernel.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
+MACHINES = sorted((ROOT / "tests/data/cpus").glob("*.json"))
 
 
 def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +30,85 @@ def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(report["kernels"]["table"]) == len(_ext.list_kernels())
     assert set(report["kernels"]["choice"]) == {method.weight_dtype for method in METHODS.values()}
     assert report["topology"]["num_cores"] >= 1
+    assert set(report["readings"]) == set(_ext.cpu_readings()) and report["readings"]["brand"]
+
+
+@pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
+def test_the_choice_on_a_recorded_machine_is_explained(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = json.loads(path.read_text())
+    assert re.match(r"CPUID (recorded|as in)|Composed|Recorded", machine["about"])
+    assert main(["--readings", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    isa = report["isa"]
+    assert {name: isa[name] for name in ("found", "tier", "reason")} == machine["expected"]
+    assert isa["chosen"] == isa["found"] and report["readings"] == machine["readings"]
+    assert main(["--readings", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert isa["reason"] in text and machine["readings"]["brand"] in text
+    for choice in report["kernels"]["choice"].values():
+        assert choice in text and f" on {isa['tier']}: m>=1 gemm_" in choice
+
+
+# A word of the kernel that serves one row of an expert, by weights: features below the CPU's would be too slow, above
+# them a crash.
+CHOSEN = {
+    "ivy_bridge": ("_reference", "_reference", "_reference"),
+    "no_osxsave": ("_reference", "_reference", "_reference"),
+    "haswell": ("_avx2", "_avx2", "_avx2"),
+    "alder_lake": ("_avxvnni", "_avxvnni", "_avx2"),
+    "cascade_lake": ("_avx512vnni", "_avx512vnni", "_avx512"),
+    "zen4": ("_avx512vnni", "_avx512vnni", "_avx512bf16"),
+    "sapphire_rapids_guest": ("_avx512vnni", "_avx512vnni", "_avx512bf16"),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_kernels_of_a_recorded_machine_are_its_own(name: str) -> None:
+    choice = explain(load_readings(str(ROOT / f"tests/data/cpus/{name}.json")))["kernels"]["choice"]
+    for weight, kernel in zip(("int8", "int4", "bf16"), CHOSEN[name], strict=True):
+        assert re.search(rf"m>=1 gemm_\w+{kernel}, ", choice[weight]), choice[weight]
+
+
+def test_every_kind_of_machine_is_recorded() -> None:
+    tiers = [json.loads(path.read_text())["expected"]["tier"] for path in MACHINES]
+    assert len(MACHINES) >= 12 and set(tiers) == {"reference", "avx2", "avx512", "amx"}
+
+
+def test_this_machine_reads_itself_from_its_own_report(tmp_path: Path) -> None:
+    report = collect()
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    explained = explain(load_readings(str(file)))
+    assert explained["readings"] == report["readings"] and explained["isa"]["found"] == report["isa"]["found"]
+    assert explained["machine"]["cpu"] == report["machine"]["cpu"]
+    file.write_text(json.dumps(report["readings"]))
+    assert explain(load_readings(str(file))) == explained
+
+
+READINGS = json.loads((ROOT / "tests/data/cpus/haswell.json").read_text())["readings"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "is no JSON file"),
+        ("[]", 'must have what --json prints under "readings": vendor, brand'),
+        (json.dumps({**READINGS, "leaf9": 1}), "must have what --json prints"),
+        (json.dumps({**READINGS, "xcr0": "0x1ffffffffffffffff"}), "xcr0 is '0x1ffffffffffffffff'; it must be a number"),
+        (json.dumps({**READINGS, "leaf1_ecx": 2**32}), "leaf1_ecx is 4294967296; it must be a number of 32 bits"),
+        (json.dumps({**READINGS, "leaf7_ebx": "27ab"}), "leaf7_ebx is '27ab'; it must be a number of 32 bits"),
+        (json.dumps({**READINGS, "leaf7_ebx": None}), "leaf7_ebx is None; it must be a number"),
+        (json.dumps({**READINGS, "tile_errno": -1}), "tile_errno is -1; it must be a number"),
+        (json.dumps({**READINGS, "brand": 7}), "brand is 7; it must be text"),
+    ],
+)
+def test_a_file_without_readings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text, words) -> None:
+    file = tmp_path / "readings.json"
+    file.write_text(text)
+    assert main(["--readings", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert words in error and str(file) in error and error.count("\n") == 1
+    assert main(["--readings", str(tmp_path / "missing.json")]) == 1
 
 
 def test_the_text_names_every_kernel_and_node(monkeypatch: pytest.MonkeyPatch) -> None:
