@@ -16,8 +16,8 @@ inline float daz(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-// The exact `sum + rest` with |rest| <= ulp(sum) / 2, rounded to odd: a later rounding to fewer bits
-// then is that of the exact value.
+// The exact `sum + rest` with |rest| <= ulp(sum) / 2, rounded to odd: a later rounding to fewer
+// bits then is that of the exact value.
 inline double to_odd(double sum, double rest) {
   if (rest == 0 || (std::bit_cast<uint64_t>(sum) & 1) != 0) return sum;
   return std::nextafter(sum, rest > 0 ? HUGE_VAL : -HUGE_VAL);
