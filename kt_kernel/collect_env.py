@@ -165,7 +165,8 @@ def _choice(weight_dtype: str) -> str:
     from kt_kernel import _ext
 
     try:
-        return _ext.explain_kernels(weight_dtype)
+        # int4 in the groups of AMXINT4
+        return _ext.explain_kernels(weight_dtype, group_size=32 if weight_dtype == "int4" else 0)
     except RuntimeError as error:
         return f"{weight_dtype}: {error}"
 

@@ -237,6 +237,7 @@ CpuFeatures choose(IsaSet found, const std::string& left_out, const char* force)
         "KT_FORCE_ISA is not set, so everything found is used: " + isa_name(found) + end;
     return features;
   }
+  features.forced = true;
   const std::string_view text(force);
   size_t word_end = std::min(text.find(','), text.size());
   const int tier = parse_tier(text.substr(0, word_end), force);

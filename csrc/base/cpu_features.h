@@ -58,6 +58,7 @@ struct CpuFeatures {
   std::string tier;      // "reference", "avx2", "avx512" or "amx": highest tier of `chosen`
   std::string reason;    // one sentence: how `chosen` came about
   std::string cpu_name;  // brand string
+  bool forced = false;   // KT_FORCE_ISA had a say
 };
 
 // Names of the set bits in ascending order, e.g. "avx2 avx512 avx512vnni"; "reference" for the

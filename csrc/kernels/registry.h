@@ -83,7 +83,8 @@ enum class TileVerdict {
   kSlower,  // than oneDNN's row, which takes its place
   kWrong,   // the rows without tiles take its place
 };
-// Kernels are to be selected anew where another number of verdicts has been given since. Thread-safe.
+// Kernels are to be selected anew where another number of verdicts has been given since.
+// Thread-safe.
 void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict);
 TileVerdict tile_verdict(const GemmKernel& kernel);
 uint64_t num_tile_verdicts();

@@ -110,9 +110,7 @@ KernelSet without(KernelRequest request, IsaSet features) {
 
 // oneDNN's row in place of ours, or no gemms where there is none or the choice is fixed.
 KernelSet onednn_set(const KernelRequest& request, const GemmKernel& tiles) {
-  const char* const forced = std::getenv("KT_FORCE_ISA");
-  const bool fixed = (forced != nullptr && *forced != '\0') ||
-                     request.choice != GemmChoice::kAuto ||
+  const bool fixed = cpu_features().forced || request.choice != GemmChoice::kAuto ||
                      (request.deterministic && tiles.rounds());
   KernelSet set;
   if (fixed || request.weight_dtype == DType::kInt4) return set;

@@ -41,6 +41,9 @@ py::dict readings_dict() {
   return out;
 }
 
+// The int4 group size of AMXINT4 (kt_kernel/methods.py).
+constexpr int kMethodGroup = 32;
+
 // What cpu_features() and explain_kernels() would say on the CPU of the readings, without
 // KT_FORCE_ISA and KT_GEMM: `in` has the keys of readings_dict().
 py::dict detected_dict(const py::dict& in) {
@@ -58,7 +61,10 @@ py::dict detected_dict(const py::dict& in) {
   const CpuFeatures features = choose_features(readings, nullptr);
   py::dict kernels;
   for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
-    kernels[dtype_name(dtype)] = explain_kernels(dtype, features.chosen, GemmChoice::kNative);
+    KernelRequest request{dtype, features.chosen, GemmChoice::kNative};
+    request.group_size = dtype == DType::kInt4 ? kMethodGroup : 0;
+    request.deterministic = false;
+    kernels[dtype_name(dtype)] = explain_kernels(request);
   }
   py::dict out = dict_of(features);
   out["kernels"] = kernels;

@@ -10,9 +10,9 @@
 // Bits       int8: those of every row. bf16: the same for every m, for each output is one sum over
 //            ascending k whatever the block; not those of our rows on every CPU.
 // Tiles      where oneDNN uses AMX, it configures the tiles of the thread. They are released at the
-//            end of every product: a parked thread holds none, and kernels of ours configure
-//            them otherwise, so theirs count as lost. oneDNN chooses by ONEDNN_MAX_CPU_ISA and does not know KT_FORCE_ISA,
-//            so a row on a host with AMX needs AMX to be in use.
+//            end of every product: a parked thread holds none, and kernels of ours configure them
+//            otherwise, so theirs count as lost. oneDNN chooses by ONEDNN_MAX_CPU_ISA and does not
+//            know KT_FORCE_ISA, so a row on a host with AMX needs AMX to be in use.
 // Choice     on request only (KT_GEMM). On Zen 4 our tiles reach 99 % of the register peak and
 //            these 86 to 97 %, less from memory; elsewhere nothing was measured yet.
 #include <ATen/native/CPUBlas.h>

@@ -170,8 +170,8 @@ inline Problem make_special_scales_problem(DType weight_dtype, int group_size) {
   return p;
 }
 
-// Rows 0 .. m - 1 of a problem as the kernel's RowPacking wants them; rows of the last tile that are
-// none are large and not zero.
+// Rows 0 .. m - 1 of a problem as the kernel's RowPacking wants them; rows of the last tile that
+// are none are large and not zero.
 inline LineVector<uint8_t> pack_rows(const GemmKernel& kernel, const Problem& p,
                                      const uint8_t* codes, int64_t code_bytes) {
   const int64_t row_bytes = int64_t{p.k} * kernel.packing->value_bytes;

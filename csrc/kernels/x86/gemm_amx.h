@@ -1,5 +1,5 @@
-// What the AMX GEMM kernels share: the instructions, and products of packed rows by 32 or 64 columns
-// of a panel. No other ISA's file includes it; everything is in an anonymous namespace.
+// What the AMX GEMM kernels share: the instructions, and products of packed rows by 32 or 64
+// columns of a panel. No other ISA's file includes it; everything is in an anonymous namespace.
 //
 // Tiles    C 0 .. 3, then A and B. 32 rows by 32 columns take two tiles of A and two of B and load
 //          one tile a product; up to 16 rows by 64 columns take one of A and one of B at a time,
@@ -195,8 +195,8 @@ inline void multiply_panel(const GemmArgs& args, int64_t chunks, Finish finish) 
   if (last.rows > 0) finish(sums[at ^ 1], last);
 }
 
-// A peak probe: C0 .. C3 += A x B, `iterations` times, on tiles of zeros. The time of a product does
-// not depend on its values.
+// A peak probe: C0 .. C3 += A x B, `iterations` times, on tiles of zeros: the time of a product
+// does not depend on its values.
 template <typename Dot>
 inline uint64_t multiply_zeros(int64_t iterations) {
   zero_sums();
