@@ -3,12 +3,12 @@
 # --test --editable) and an idle machine; takes about ten minutes.
 #
 # Usage: scripts/amx_check.sh [FILE]
-#   FILE   where the report goes; amx-report.md by default. Please send it: docs/performance.md says what was predicted.
+#   FILE   where the report goes; amx-report.txt by default. Please send it: docs/performance.md says what was predicted.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
-report=${1:-amx-report.md}
+report=${1:-amx-report.txt}
 build=build/amx-check
 
 fail() {

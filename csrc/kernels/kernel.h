@@ -92,9 +92,9 @@ struct TileControl {
 // of 64, data 64-byte aligned.
 using ReadProbeFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
-// Runs `iterations` of multiply-accumulate instructions on registers only: what the GEMMs of the
-// tier could reach at best; on tiles, which are configured before. Each iteration is the row's number of operations (two a
-// multiply-accumulate). Returns something of the sums.
+// Runs `iterations` of multiply-accumulate instructions on registers only, or on tiles that were
+// configured before: what the GEMMs of the tier could reach at best. Each iteration is the row's
+// number of operations (two a multiply-accumulate). Returns something of the sums.
 using PeakProbeFn = uint64_t (*)(int64_t iterations);
 
 // Row operations of one tier. Same bits on every tier: each step below is one rounded fp32

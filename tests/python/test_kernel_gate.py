@@ -58,6 +58,9 @@ BOUNDS: dict[str, dict[str, float]] = {
         r"expanded<[2-5]": 61,
         r"expanded<6": 38,
     },
+    "gemm_int8_amxint8.cpp": {r"multiply_panel": 1.4},
+    "gemm_int4_amxint8.cpp": {r"multiply_part": 0.9},
+    "gemm_bf16_amxbf16.cpp": {r"float, 1, ": 2.8, r"float, 4, ": 1.2},
     "gemm_bf16_avx512bf16.cpp": {r"<1": 155, r"<[2-5]": 103, r"<6": 62},
 }
 
@@ -171,7 +174,7 @@ def loop_findings(source: str, loops: list[Loop]) -> list[str]:
         if not limits:
             findings.append(f"{where}: a hot loop without a bound")
         elif loop.cost > min(limits):
-            findings.append(f"{where}: {loop.cost:.0f} instructions for 1,000 products, {min(limits):g} are allowed")
+            findings.append(f"{where}: {loop.cost:.3g} instructions for 1,000 products, {min(limits):g} are allowed")
     return findings
 
 

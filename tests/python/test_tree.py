@@ -66,7 +66,7 @@ def include_lines(text: str) -> Iterator[tuple[int, str]]:
 
 # Layers of csrc.
 
-KERNEL_API = ("kernels/kernel.h", "kernels/registry.h")
+KERNEL_API = ("kernels/kernel.h", "kernels/registry.h", "kernels/tiles.h")
 # What files of a folder may include besides their own folder and the standard library, as prefixes of include paths.
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": (),

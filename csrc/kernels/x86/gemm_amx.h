@@ -60,16 +60,16 @@ struct Bf16 {
   }
 };
 
-// Fetches what the thread reads next into the L2 while a block multiplies.
-struct NextPanel {
-  const uint8_t* at;  // null: nothing to fetch
-  int lines;          // a product
-  void fetch() {
-    if (at == nullptr) return;
-    for (int i = 0; i < lines; ++i, at += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-  }
-};
+// Fetches what the thread reads next into the L2 while a block multiplies: kLines lines a product.
+// Unrolled, so that the products stay the innermost loop, which the gate on instructions looks at.
+template <int kLines>
+inline void fetch_lines(const uint8_t*& next) {
+  if (next == nullptr) return;
+#pragma GCC unroll 64
+  for (int i = 0; i < kLines; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(next + 64 * i), _MM_HINT_T1);
+  next += 64 * kLines;
+}
 
 // C0 .. C3 = zeros
 inline void zero_sums() {
@@ -80,10 +80,10 @@ inline void zero_sums() {
 }
 
 // C0 C1 += rows 0 .. 15, C2 C3 += rows 16 .. 31 by 32 columns, over `chunks` products of k. `b`
-// points at the first of the columns.
-template <typename Dot>
+// points at the first of the columns. The next panel is 1 / kShorter as long as this one.
+template <typename Dot, int kShorter>
 inline void add_products_32(const uint8_t* upper, const uint8_t* lower, const uint8_t* b,
-                            int64_t chunks, NextPanel& next) {
+                            int64_t chunks, const uint8_t*& next) {
   for (int64_t i = 0; i < chunks; ++i) {
     load_tile<6>(b, kStepBytes);
     load_tile<4>(upper, kTileBytes);
@@ -93,7 +93,7 @@ inline void add_products_32(const uint8_t* upper, const uint8_t* lower, const ui
     load_tile<7>(b + 64, kStepBytes);
     Dot::template multiply<1, 4, 7>();
     Dot::template multiply<3, 5, 7>();
-    next.fetch();
+    fetch_lines<32 / kShorter>(next);
     upper += kPackedTile;
     lower += kPackedTile;
     b += kChunkBytes;
@@ -101,8 +101,9 @@ inline void add_products_32(const uint8_t* upper, const uint8_t* lower, const ui
 }
 
 // C0 .. C3 += up to 16 rows by 64 columns.
-template <typename Dot>
-inline void add_products_16(const uint8_t* a, const uint8_t* b, int64_t chunks, NextPanel& next) {
+template <typename Dot, int kShorter>
+inline void add_products_16(const uint8_t* a, const uint8_t* b, int64_t chunks,
+                            const uint8_t*& next) {
   for (int64_t i = 0; i < chunks; ++i) {
     load_tile<4>(a, kTileBytes);
     load_tile<5>(b, kStepBytes);
@@ -113,7 +114,7 @@ inline void add_products_16(const uint8_t* a, const uint8_t* b, int64_t chunks, 
     Dot::template multiply<2, 4, 7>();
     load_tile<5>(b + 192, kStepBytes);
     Dot::template multiply<3, 4, 5>();
-    next.fetch();
+    fetch_lines<64 / kShorter>(next);
     a += kPackedTile;
     b += kChunkBytes;
   }
@@ -161,25 +162,24 @@ inline const uint8_t* packed_rows(const GemmArgs& args, int row, int64_t chunks)
 // What a panel with one sum over all of k costs: each product is issued before the sums of the one
 // before it are finished, so that the tiles need not wait for the vector units.
 //
-// finish(sums, part) turns sums into c. The next panel is 1 / kShorter of what this one multiplies.
+// finish(sums, part) turns sums into c.
 template <typename Dot, typename Sum, int kShorter, typename Finish>
 inline void multiply_panel(const GemmArgs& args, int64_t chunks, Finish finish) {
   Sums<Sum> sums[2];
   Part last{};
   int at = 0;
-  NextPanel next{args.next_panel, 0};
+  const uint8_t* next = args.next_panel;
   for (int row = 0; row < args.m; row += kBlockRows) {
     const int rows = args.m - row < kBlockRows ? args.m - row : kBlockRows;
     const uint8_t* const upper = packed_rows(args, row, chunks);
     const int width = rows > kTileRows ? 32 : 64;
-    next.lines = width / kShorter;
     for (int column = 0; column < kPanelColumns; column += width) {
       const uint8_t* const b = args.panel + 4 * column;
       zero_sums();
       if (width == 32) {
-        add_products_32<Dot>(upper, upper + chunks * kPackedTile, b, chunks, next);
+        add_products_32<Dot, kShorter>(upper, upper + chunks * kPackedTile, b, chunks, next);
       } else {
-        add_products_16<Dot>(upper, b, chunks, next);
+        add_products_16<Dot, kShorter>(upper, b, chunks, next);
       }
       if (last.rows > 0) finish(sums[at ^ 1], last);
       if (width == 32) {
@@ -190,7 +190,7 @@ inline void multiply_panel(const GemmArgs& args, int64_t chunks, Finish finish) 
       last = {row, rows, column, width};
       at ^= 1;
     }
-    next.at = nullptr;
+    next = nullptr;
   }
   if (last.rows > 0) finish(sums[at ^ 1], last);
 }

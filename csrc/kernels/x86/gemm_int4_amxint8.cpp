@@ -7,6 +7,8 @@
 namespace kt {
 namespace {
 
+constexpr int kShorter = 2;  // the packed panel is half as long as its scratch
+
 // One Part of a panel: its sums of the last group, which are still to be folded, and its fp32 sums.
 struct GroupSums {
   Sums<int32_t> group[2];
@@ -44,7 +46,7 @@ void store_total(const GemmArgs& args, const Part& part, const Sums<float>& tota
   }
 }
 
-void multiply_part(const GemmArgs& args, const Part& part, NextPanel& next) {
+void multiply_part(const GemmArgs& args, const Part& part, const uint8_t*& next) {
   const int64_t chunks = args.k / kTileBytes;
   const int64_t group_chunks = args.group_size / kTileBytes;
   const uint8_t* const scales = args.panel + int64_t{args.k} * kPanelColumns;
@@ -56,9 +58,9 @@ void multiply_part(const GemmArgs& args, const Part& part, NextPanel& next) {
     const uint8_t* const b = args.panel + begin * kChunkBytes + 4 * part.column;
     zero_sums();
     if (part.columns == 32) {
-      add_products_32<S8U8>(upper, upper + chunks * kPackedTile, b, count, next);
+      add_products_32<S8U8, kShorter>(upper, upper + chunks * kPackedTile, b, count, next);
     } else {
-      add_products_16<S8U8>(upper, b, count, next);
+      add_products_16<S8U8, kShorter>(upper, b, count, next);
     }
     if (group > 0) {
       fold_group(args, part, group - 1, scales, sums.group[(group - 1) & 1], &sums.total);
@@ -76,14 +78,13 @@ void multiply_part(const GemmArgs& args, const Part& part, NextPanel& next) {
 }  // namespace
 
 void gemm_s8_int4x_fp32_32x64x4_amxint8(const GemmArgs& args) {
-  NextPanel next{args.next_panel, 0};
+  const uint8_t* next = args.next_panel;
   for (int row = 0; row < args.m; row += kBlockRows) {
     const int rows = args.m - row < kBlockRows ? args.m - row : kBlockRows;
     const int width = rows > kTileRows ? 32 : 64;
-    next.lines = width / 2;  // the packed panel is half as long as its scratch
     for (int column = 0; column < kPanelColumns; column += width)
       multiply_part(args, {row, rows, column, width}, next);
-    next.at = nullptr;
+    next = nullptr;
   }
 }
 
