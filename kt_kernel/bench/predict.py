@@ -83,8 +83,8 @@ class Efficiency:
 # The layer bench on two Zen 4 cores, table "One layer" of docs/measurements.md: the smallest share of read at 1 to 4
 # tokens (1 where it is more), and the share of peak at 64 rows an expert.
 EFFICIENCY = {
-    "AMXINT4": Efficiency(read=0.93, peak=0.75),
-    "AMXINT8": Efficiency(read=0.93, peak=0.83),
+    "AMXINT4": Efficiency(read=0.90, peak=0.70),
+    "AMXINT8": Efficiency(read=0.96, peak=0.82),
     "BF16": Efficiency(read=1.00, peak=0.89),
 }
 
