@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "amx/counters.h"
 #include "amx/permission.h"
@@ -118,9 +119,7 @@ void on_sigill(int signal, siginfo_t* info, void* context) {
   SignalFrame frame(context);
   int num_executed = 0;
   Fault fault = Fault::kUndefined;
-  while (info->si_code > 0) {  // not by kill() or raise()
-    const std::optional<Instruction> instruction = decode(frame.code());
-    if (!instruction) break;
+  while (const std::optional<Instruction> instruction = decode(frame.code())) {
     fault = execute(*instruction, frame);
     if (fault != Fault::kNone) break;
     frame.step_over(instruction->length);

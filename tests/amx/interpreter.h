@@ -15,7 +15,7 @@
 //           inside the interpreter (under AddressSanitizer a report of it).
 // Threads   every thread has its own tiles, unconfigured at its start; so has a fork()'s child.
 // Limits    signal handlers see the tiles of the code that they interrupt; a system call that is
-//           made without libc's syscall() is not seen.
+//           made without libc's syscall() is not seen; a thread that blocks SIGILL is killed.
 #pragma once
 
 #include <cstdint>

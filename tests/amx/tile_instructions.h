@@ -1,5 +1,6 @@
-// AMX instructions for tests, by the compiler's intrinsics. The barriers are needed: GCC 12's
-// intrinsics do not say which memory they read or write (gcc.gnu.org, amxtileintrin.h).
+// AMX instructions for tests, by the compiler's intrinsics. The barriers are needed: of GCC 12's
+// intrinsics (amxtileintrin.h) the loads do not tell the compiler that they read memory, and those
+// of configurations tell it of 8 bytes instead of 64.
 //
 // Compile with -mamx-tile -mamx-int8 -mamx-bf16.
 #pragma once
