@@ -274,6 +274,27 @@ TEST_F(AmxLayer, IsCheckedOnceAndRight) {
   }
 }
 
+void multiply_all_but_the_last_row(const GemmArgs& args) {
+  GemmArgs fewer = args;
+  --fewer.m;
+  kernel_named(kInt8Row).gemm(fewer);
+}
+
+// In a child: the wrong row stays in the table.
+TEST_F(AmxLayer, FindsAWrongKernel) {
+  const std::string found = in_child([] {
+    const GemmKernel& right = kernel_named(kInt8Row);
+    set_tile_verdict(right, TileVerdict::kUnchecked);
+    register_gemm({"gemm_u8_int8_fp32_32x64x4_wrong", right.isa, right.weight_dtype, right.a_dtype,
+                   right.mr, right.m_from + 1, multiply_all_but_the_last_row, nullptr,
+                   GemmSource::kOneDnn, nullptr, right.packing});
+    LayerOnTiles layer("int8_n64k4_r512_v1", cpu_features().chosen);
+    const TileReport report = layer.layer().check_tiles();
+    return report.verdict == TileVerdict::kWrong ? report.text : "not found: " + report.text;
+  });
+  EXPECT_NE(found.find("is WRONG on this machine"), std::string::npos) << found;
+}
+
 TEST_F(AmxLayer, TakesAvx512OnceItsKernelWasFoundWrong) {
   LayerOnTiles layer("int4g128_n64k8_r512_v1", cpu_features().chosen);
   const std::vector<float> before = layer.forward();
