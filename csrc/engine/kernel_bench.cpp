@@ -57,7 +57,8 @@ KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, in
   KT_CHECK(num_panels_ >= 2, "a buffer of " << buffer_bytes << " bytes holds no two panels of "
                                             << panel_bytes_ << "; give more.");
   for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.weight_dtype != layout.code || (kernel.isa & ~cpu_features().chosen) != 0) continue;
+    if (kernel.weight_dtype != layout.code || !kernel.fits_groups(layout.group_size)) continue;
+    if ((kernel.isa & ~cpu_features().chosen) != 0) continue;
     if (kernel.isa == kIsaReference && kernel.expand == nullptr) reference_ = &kernel;
     kernels_.push_back(&kernel);
   }

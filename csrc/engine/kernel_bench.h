@@ -27,8 +27,8 @@ class KernelBench {
   //         fewer than two panels.
   KernelBench(const PackedLayout& layout, int64_t k, int max_rows, int64_t buffer_bytes);
 
-  // The rows for these weights that may run here: the host has their features and KT_FORCE_ISA
-  // leaves them.
+  // The rows for these weights and groups that may run here: the host has their features and
+  // KT_FORCE_ISA leaves them.
   std::vector<std::string> kernels() const;
   int64_t panel_bytes() const { return panel_bytes_; }
 

@@ -60,11 +60,6 @@ std::deque<GemmKernel>& gemm_table() {
   return kernels;
 }
 
-bool fits_groups(const GemmKernel& kernel, int group_size) {
-  const bool wide = group_size == 0 || (group_size >= 128 && group_size % 64 == 0);
-  return kernel.groups == Groups::kAny || (kernel.groups == Groups::kWide) == wide;
-}
-
 // By position in the table, which only grows, while the program loads.
 constexpr size_t kMaxKernels = 64;
 std::array<std::atomic<TileVerdict>, kMaxKernels> tile_verdicts{};
@@ -84,7 +79,7 @@ bool is_in_place(const GemmKernel& kernel) {
 // Whether a row may be chosen, but for what its check found.
 bool fits(const GemmKernel& kernel, const KernelRequest& request) {
   return kernel.weight_dtype == request.weight_dtype && is_supported(kernel.isa, request.isa) &&
-         kernel.m_from > 0 && fits_groups(kernel, request.group_size) &&
+         kernel.m_from > 0 && kernel.fits_groups(request.group_size) &&
          (kernel.source == GemmSource::kNative || request.choice != GemmChoice::kNative) &&
          !(request.deterministic && kernel.rounds() && kernel.m_from > 1);
 }
@@ -147,6 +142,11 @@ const GemmKernel* onednn_gemm(DType weight_dtype, IsaSet isa) {
 
 bool GemmKernel::rounds() const {
   return weight_dtype == DType::kBFloat16 || (packing != nullptr && packing->value_bytes == 2);
+}
+
+bool GemmKernel::fits_groups(int group_size) const {
+  const bool wide = group_size == 0 || (group_size >= 128 && group_size % 64 == 0);
+  return groups == Groups::kAny || (groups == Groups::kWide) == wide;
 }
 
 const GemmKernel& KernelSet::for_rows(int m) const {

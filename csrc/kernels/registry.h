@@ -45,6 +45,8 @@ struct GemmKernel {
 
   // Whether it sums products of bf16: rounded in an order of its own.
   bool rounds() const;
+  // Whether it may be given int4 in groups of so many; 0: a whole row.
+  bool fits_groups(int group_size) const;
 };
 
 // The sources that select_kernels() may take rows from.
