@@ -2,8 +2,10 @@
 // that other libraries add exist in this extension only, so they cannot be tested without Torch.
 #include <torch/library.h>
 
+#include "base/span.h"
 #include "format/packed_layout.h"
 #include "kernels/registry.h"
+#include "kernels/tiles.h"
 #include "torch/tensor_checks.h"
 
 namespace kt {
@@ -29,6 +31,21 @@ void check_type(const at::Tensor& tensor, at::ScalarType type, const char* name)
 
 void check_contiguous(const at::Tensor& tensor, const char* name) {
   KT_CHECK(tensor.is_contiguous(), name << " has strides; it must be contiguous.");
+}
+
+// The rows of `args` as tiles want them.
+at::Tensor packed_rows(const RowPacking& packing, const GemmArgs& args) {
+  const int64_t row_bytes = int64_t{args.k} * packing.value_bytes;
+  const int64_t tiles = ceil_div(args.m, kTileRows);
+  at::Tensor packed = at::empty({tiles * kTileRows * row_bytes}, at::kByte);
+  const auto* const codes = static_cast<const uint8_t*>(args.a);
+  for (int32_t i = 0; i < args.m; ++i) {
+    const int64_t row = args.row_idx == nullptr ? i : args.row_idx[i];
+    packing.pack_row(codes + row * args.a_stride_bytes, args.k,
+                     packed.mutable_data_ptr<uint8_t>() + i / kTileRows * kTileRows * row_bytes +
+                         i % kTileRows * kTileBytes);
+  }
+  return packed;
 }
 
 // c[i, j] = sum_k a[row(i), k] * w[j, k], scaled, as kernel.h has it: a [rows, k] and c [m, 64]
@@ -88,7 +105,14 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   args.m = static_cast<int32_t>(m);
   args.k = static_cast<int32_t>(k);
   args.group_size = args.k;
+  at::Tensor packed;
+  if (kernel.packing != nullptr) {
+    packed = packed_rows(*kernel.packing, args);
+    args.a = packed.const_data_ptr();
+    require_tiles();
+  }
   kernel.gemm(args);
+  release_tiles();
 }
 
 }  // namespace
