@@ -233,6 +233,7 @@ def test_open_flags_get_values_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     ("chosen", "text"),
     [
         ("avx2 avx512 avx512vnni avx512bf16", "vnni bf16"),
+        ("avx2 avx512 avx512vnni amxint8 amxbf16", "vnni amxint8 amxbf16"),
         ("avx2 avx512", "avx2 avx512"),
         ("avx2", "avx2"),
         ("reference", "reference"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from kt_kernel import _ext
@@ -92,7 +93,7 @@ def _device_note(methods: list[Any]) -> str:
 
 def _short_names(chosen: str) -> str:
     names = chosen.split()
-    short = [name.removeprefix("avx512") for name in names if name.startswith("avx512") and name != "avx512"]
+    short = [name.removeprefix("avx512") for name in names if re.match("avx512.|amx", name)]
     return " ".join(short or names)
 
 
