@@ -35,7 +35,7 @@ ALLOWED_SKIPS = (
         why="the host's CPU does not have the features of this kernel",
     ),
     AllowedSkip(
-        test=r"^pytest: .*\b(isa|tier|avx2|avx512|amx)",
+        test=r"^pytest: .*(\b|_)(isa|tier|avx2|avx512|amx)",
         reason=r"\b(avx2|avx512|amx)\w*\b",
         why="the host's CPU does not have this tier",
     ),

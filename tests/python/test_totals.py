@@ -66,6 +66,12 @@ def test_a_missing_tier_is_an_allowed_skip(tmp_path: Path) -> None:
     assert "this host lacks" in lines[0]
 
 
+def test_a_file_of_a_missing_tier_is_an_allowed_skip(tmp_path: Path) -> None:
+    case = skipped("test_a", "needs avx512vnni and avx512bf16").replace("test_x", "test_amx")
+    code, lines = totals(tmp_path, PASSED + case)
+    assert (code, lines[-1]) == (0, "1 passed, 0 failed, 1 skipped")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("test_a", "not today"), ("test_server_runs", "one NUMA node"), ("test_isa", "torch is missing")],
