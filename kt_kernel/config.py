@@ -70,15 +70,15 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "KT_GEMM",
         "auto",
         "csrc/kernels/registry.cpp",
-        "whose GEMM kernels run: `native` (ours), `onednn` (torch's oneDNN for int8 and bf16 weights) or `auto` (the "
-        "fastest measured: ours)",
+        "whose GEMM kernels run: `native` (ours), `onednn` (torch's oneDNN for int8 and bf16 weights) or `auto` (ours; "
+        "on AMX the faster of both, timed at the start)",
     ),
     EnvironmentVariable(
         "KT_DETERMINISTIC",
         "0",
         "csrc/kernels/registry.cpp",
         "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights and for "
-        "int4 in groups below 128",
+        "int4 in groups below 128 or of no multiple of 64",
     ),
     EnvironmentVariable(
         "KT_SPIN_US",

@@ -33,6 +33,7 @@ class KernelRow:
     weight: str = ""
     activation: str = ""
     m_from: str = ""
+    groups: str = "kAny"
 
     @property
     def feature(self) -> str:
@@ -63,7 +64,8 @@ def read_kernels(text: str) -> list[KernelRow]:
         fields = [" ".join(field.split()) for field in arguments.split(",")]
         needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
         if macro in ("GEMM", "TILE_GEMM"):
-            rows.append(KernelRow(fields[0], needs, WEIGHTS[fields[2]], ACTIVATIONS[fields[3]], fields[5]))
+            groups = fields[8] if macro == "TILE_GEMM" else "kAny"
+            rows.append(KernelRow(fields[0], needs, WEIGHTS[fields[2]], ACTIVATIONS[fields[3]], fields[5], groups))
         else:
             rows.append(KernelRow(fields[0], needs))
     return rows
@@ -75,12 +77,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def fits(row: KernelRow, layout: str) -> bool:
+    """Whether a row is for the int4 groups of a layout, by the rule of ``Groups`` in registry.h."""
+    group = re.match(r"int4g(\d+)_", layout)
+    size = int(group.group(1)) if group else 0
+    wide = size == 0 or (size >= 128 and size % 64 == 0)
+    return row.groups == "kAny" or (row.groups == "kWide") == wide
+
+
 def methods_table(kernels: list[KernelRow], methods: dict) -> str:
     """Methods by feature: *yes* where the method has kernels of its own for the feature."""
     features = [name for name in FEATURES if any(row.feature == name for row in kernels)]
     rows = []
     for method in methods.values():
-        own = {row.feature for row in kernels if row.weight == method.weight_dtype}
+        own = {row.feature for row in kernels if row.weight == method.weight_dtype and fits(row, method.layout)}
         cells = ["yes" if feature in own else "-" for feature in features]
         rows.append([f"`{method.name}`", f"`{method.layout}`", *cells, method.description])
     return markdown_table(["Method", "Layout", *features, "Weights"], rows)

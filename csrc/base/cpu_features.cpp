@@ -213,6 +213,9 @@ std::string lack_of_tiles(const CpuReadings& readings) {
                                 std::to_string(*readings.tile_errno) + ", " +
                                 std::generic_category().message(*readings.tile_errno) + ")";
     if (!kTileBit.in(readings)) return refusal + ", which CPUID does not report either (amx_tile)";
+    if (*readings.tile_errno == ENOSPC) {
+      return refusal + ": a thread's alternate signal stack is too small for them; give it 16 KB";
+    }
     return refusal + ", which takes Linux 5.16 or newer and a sandbox that allows arch_prctl";
   }
   const bool any = kTileInt8Bit.in(readings) || kTileBf16Bit.in(readings);

@@ -92,12 +92,23 @@ void Engine::for_each_device(FunctionRef<void(DeviceSync&)> visit) {
 EngineLayer::EngineLayer(std::shared_ptr<Engine> layer_engine, const MoeConfig& config)
     : engine(std::move(layer_engine)),
       layer(config, engine->pool(), engine->scratch(), cpu_features().chosen) {
-  if (!layer.compiles_kernels()) return;
+  if (layer.compiles_kernels()) prepare_kernels();
+}
+
+void EngineLayer::prepare_kernels() {
   // Worker 0 of a forward is the stream's thread or the caller of run(), and code is compiled for
   // each thread by itself: once on the stream's, once on this one, as who makes layers runs them.
   const auto prepare = [this] { layer.prepare_kernels(); };
   engine->stream().wait(engine->stream().submit(prepare));
   engine->run(prepare);
+}
+
+TileReport EngineLayer::check_tiles() {
+  TileReport report;
+  if (!layer.has_tiles()) return report;
+  engine->run([&] { report = layer.check_tiles(); });
+  if (report.verdict == TileVerdict::kSlower) prepare_kernels();
+  return report;
 }
 
 EngineLayer::~EngineLayer() {

@@ -103,6 +103,9 @@ class EngineLayer {
   // Queues both and returns the ticket of run(). `alive` is kept until run_deferred() is done.
   uint64_t submit(const MoeInput& input, std::shared_ptr<const void> alive);
 
+  // MoeLayer::check_tiles(), as a job; compiles what it chose on every thread that will run it.
+  TileReport check_tiles();
+
   // Makes this the layer at `position` of a chain. A job of the engine's stream; see link_layers().
   void link(std::shared_ptr<LayerChain> chain, int position, int max_deferred);
   // 0 for the first layer of a chain, one more for each that follows: neighbours differ in parity.
@@ -115,6 +118,7 @@ class EngineLayer {
 
  private:
   void leave(const MoeInput& input);
+  void prepare_kernels();
 
   std::shared_ptr<LayerChain> chain_;  // may be null
   std::atomic<int> chain_position_{0};

@@ -38,6 +38,14 @@ uint16_t random_bf16(std::mt19937& random) {
   return static_cast<uint16_t>((random() & 0x83ffu) | 0x3c00u);
 }
 
+// Gives back the tiles of a caller who is no thread of ours.
+struct ReleasedTiles {
+  ReleasedTiles() = default;
+  ReleasedTiles(const ReleasedTiles&) = delete;
+  ReleasedTiles& operator=(const ReleasedTiles&) = delete;
+  ~ReleasedTiles() { release_tiles(); }
+};
+
 int8_t random_code(std::mt19937& random, int limit) {
   return static_cast<int8_t>(static_cast<int>(random() % (2u * limit + 1)) - limit);
 }
@@ -194,6 +202,7 @@ const void* KernelBench::activations_of(DType dtype) const {
 }
 
 bool KernelBench::matches(const std::string& name, int m) {
+  const ReleasedTiles released;
   const GemmKernel& kernel = find(name, m);
   const int64_t index = std::min<int64_t>(3, num_panels_ - 1);
   std::fill(c_.begin(), c_.end(), NAN);
@@ -216,11 +225,11 @@ double KernelBench::rounding_bound() const {
   // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
   // at most 4k
   if (layout_.code == DType::kBFloat16) return 2 * k * 4 * k * unit;
-  // int4 as bf16: k products of a code of at most 127 and a weight of at most 7 * 0.002, which
-  // rounds by 2^-9 of itself and then in the sum as above; all under the largest scale of a row
-  const double largest = 127 * 7 * 0.002;
-  const double scale = 0.01 + 0.001 * max_rows_;
-  return (k * largest * std::ldexp(1.0, -9) + 2 * k * largest * k * unit) * scale;
+  // int4 as bf16: k weights of at most 7 * 0.002, each rounded by up to 2^-9 of itself, times codes
+  // of 127 / 3^0.5 on average, under the largest scale of a row. The roundings are independent:
+  // eight times the root of their sum of squares, and a lost tile of 32 k is off by twice as much.
+  const double rounding = 127 / std::sqrt(3.0) * 7 * 0.002 * std::ldexp(1.0, -9);
+  return 8 * std::sqrt(k) * rounding * (0.01 + 0.001 * max_rows_);
 }
 
 int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {
@@ -241,6 +250,7 @@ int64_t KernelBench::next_stretch(int64_t panels) {
 }
 
 double KernelBench::stream_rate(const std::string& name, int m) {
+  const ReleasedTiles released;
   const GemmKernel& kernel = find(name, m);
   const int64_t panels = panels_of_a_stretch(kernel, m);
   const int64_t begin = next_stretch(panels);
@@ -250,6 +260,7 @@ double KernelBench::stream_rate(const std::string& name, int m) {
 }
 
 double KernelBench::hot_rate(const std::string& name, int m) {
+  const ReleasedTiles released;
   const GemmKernel& kernel = find(name, m);
   const int64_t repeats = panels_of_a_stretch(kernel, m);
   const double start = thread_seconds();
@@ -259,7 +270,7 @@ double KernelBench::hot_rate(const std::string& name, int m) {
 }
 
 double KernelBench::read_rate(const std::string& name) {
-  const Probes probes = select_probes(layout_.code, find(name).isa);
+  const Probes probes = select_probes(find(name).multiplied(), find(name).isa);
   const int64_t panels = std::min(num_panels_, ceil_div(kStretchBytes, panel_bytes_));
   const int64_t begin = next_stretch(panels);
   const double start = thread_seconds();
@@ -269,7 +280,7 @@ double KernelBench::read_rate(const std::string& name) {
 
 double KernelBench::peak_rate(const std::string& name) const {
   constexpr int64_t kIterations = 50'000;  // 0.2 ms or more
-  const Probes probes = select_probes(layout_.code, find(name).isa);
+  const Probes probes = select_probes(find(name).multiplied(), find(name).isa);
   const double start = thread_seconds();
   sink.fetch_xor(probes.run_peak(kIterations), std::memory_order_relaxed);
   return static_cast<double>(kIterations * probes.operations_per_iteration) /

@@ -22,7 +22,7 @@ std::atomic<uint64_t> probe_sink{0};
 
 double probe_read(EngineLayer& layer) {
   const ReadProbeFn read =
-      select_probes(layer.layer.config().layout.code, cpu_features().chosen).read;
+      select_probes(DType::kInt8, cpu_features().chosen).read;  // reads are the same for all
   const std::vector<NumaArena>& arenas = layer.layer.store().arenas();
   KT_CHECK(!arenas.empty(),
            "layer " << layer.layer.config().layer_idx << " has no experts on the CPU to read.");
@@ -53,7 +53,9 @@ double probe_read(EngineLayer& layer) {
 }
 
 double probe_peak(EngineLayer& layer, int milliseconds) {
-  const Probes probes = select_probes(layer.layer.config().layout.code, cpu_features().chosen);
+  DType multiplied = DType::kInt8;
+  layer.engine->run([&] { multiplied = layer.layer.multiplied(); });
+  const Probes probes = select_probes(multiplied, cpu_features().chosen);
   // 2e9 multiply-accumulate instructions a second is the order of any core; the exact time does not
   // matter
   const int64_t iterations = std::max<int64_t>(int64_t{milliseconds} * 80'000, 1);

@@ -149,6 +149,8 @@ bool GemmKernel::fits_groups(int group_size) const {
   return groups == Groups::kAny || (groups == Groups::kWide) == wide;
 }
 
+DType GemmKernel::multiplied() const { return rounds() ? DType::kBFloat16 : DType::kInt8; }
+
 const GemmKernel& KernelSet::for_rows(int m) const {
   const GemmKernel* chosen = gemms.front().kernel;
   for (const ChosenGemm& gemm : gemms) {
@@ -241,7 +243,7 @@ const std::vector<RowwiseKernel>& list_rowwise_kernels() {
   return kernels;
 }
 
-Probes select_probes(DType weight_dtype, IsaSet isa) {
+Probes select_probes(DType multiplied, IsaSet isa) {
   struct ReadRow {
     IsaSet isa;
     ReadProbeFn read;
@@ -262,8 +264,6 @@ Probes select_probes(DType weight_dtype, IsaSet isa) {
   {isa, DType::weight, operations, symbol, #symbol},
 #include "kernels/kernels.inc"
   };
-  // int4 codes are multiplied as bytes
-  const DType multiplied = weight_dtype == DType::kInt4 ? DType::kInt8 : weight_dtype;
   const ReadRow* read = nullptr;
   for (const ReadRow& row : reads) {
     if (is_supported(row.isa, isa) && (read == nullptr || IsaRank(row.isa) > IsaRank(read->isa)))
@@ -275,7 +275,7 @@ Probes select_probes(DType weight_dtype, IsaSet isa) {
     if (peak == nullptr || IsaRank(row.isa) > IsaRank(peak->isa)) peak = &row;
   }
   KT_CHECK(read != nullptr && peak != nullptr,
-           "kernels.inc has no probes for " << dtype_name(weight_dtype) << ".");
+           "kernels.inc has no probes for " << dtype_name(multiplied) << ".");
   const bool tiles = (peak->isa & (kIsaAmxInt8 | kIsaAmxBf16)) != 0;
   return {read->read, peak->peak, peak->operations, peak->name, tiles};
 }

@@ -45,6 +45,8 @@ struct GemmKernel {
 
   // Whether it sums products of bf16: rounded in an order of its own.
   bool rounds() const;
+  // What it multiplies: kBFloat16 or kInt8, int4 as either.
+  DType multiplied() const;
   // Whether it may be given int4 in groups of so many; 0: a whole row.
   bool fits_groups(int group_size) const;
 };
@@ -131,7 +133,7 @@ const std::vector<RowwiseKernel>& list_rowwise_kernels();
 // `isa`.
 struct Probes {
   ReadProbeFn read;
-  PeakProbeFn peak;  // multiply-accumulates as the kernels of `weight_dtype` do them
+  PeakProbeFn peak;  // multiply-accumulates of `multiplied` (GemmKernel), as the kernels do them
   int64_t operations_per_iteration;
   const char* peak_name;
   bool tiles;  // whether `peak` works in tiles
@@ -139,7 +141,7 @@ struct Probes {
   // peak(iterations), with the tiles of the calling thread configured for it and released after it.
   uint64_t run_peak(int64_t iterations) const;
 };
-Probes select_probes(DType weight_dtype, IsaSet isa);
+Probes select_probes(DType multiplied, IsaSet isa);
 
 // Picks, for each m class, the row of the highest feature set within `isa`. Never empty: reference
 // is always there.

@@ -224,11 +224,15 @@ void ForwardPass::place_packed_rows() {
     tiles += ceil_div(routing_.offsets[i + 1] - routing_.offsets[i], kTileRows);
   }
   if (tiles == 0) return;
+  // as much as any routing of so many rows can take: else a batch of the same size might grow it
+  const int64_t rows = routing_.num_rows();
+  const int64_t experts = std::min<int64_t>(store_.config().num_experts, rows);
+  const int64_t most = rows / kTileRows + experts;
   GrowingBuffer* const buffers[] = {&scratch_.packed_tokens, &scratch_.packed_rows};
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     const int64_t row_bytes = store_.padded_k(projection) * value_bytes;
     packed_[static_cast<int>(projection)] =
-        buffers[static_cast<int>(projection)]->reserve(tiles * kTileRows * row_bytes);
+        buffers[static_cast<int>(projection)]->reserve(most * kTileRows * row_bytes);
   }
 }
 
@@ -420,6 +424,12 @@ void ForwardPass::quantize_rows_left(const Worker& worker, const WorkerBuffers& 
   const auto quantize = [&](int64_t begin, int64_t end) {
     const int64_t first = std::max(part.begin - seen, int64_t{0});
     const int64_t last = std::min(part.end - seen, end - begin);
+    if (packed_[static_cast<int>(Projection::kW2)] == nullptr) {
+      for (int64_t r = begin + first; r < begin + last; ++r)
+        quantize_intermediate(r, r, mine.row, shared_rows_);
+      seen += end - begin;
+      return;
+    }
     for (int64_t r = begin + first; r < begin + last; ++r) {
       const auto after = std::upper_bound(routing_.offsets.begin(), routing_.offsets.end(), r);
       quantize_expert_row(after - routing_.offsets.begin() - 1, r, r, mine.row);

@@ -11,8 +11,9 @@ namespace kt {
 namespace {
 
 // Tokens and rows (tokens x top_k) of one pass. They bound the scratch (rows x intermediate_size x
-// 4 bytes: 268 MB for DeepSeek-V3) while every expert still sees the 100-200 rows from which
-// weights are read once for free.
+// 4 bytes: 268 MB for DeepSeek-V3; in tiles rows x (hidden_size + intermediate_size) x 1 or 2 bytes
+// besides, up to 600 MB) while every expert still sees the 100-200 rows from which AVX-512 reads
+// weights once for free. AMX would take 300 (docs/performance.md).
 constexpr int kMaxPassTokens = 4096;
 constexpr int kMaxPassRows = 32768;
 
@@ -78,6 +79,8 @@ void MoeLayer::prepare_kernels() {
   pool_.run({prepare});
 }
 
+DType MoeLayer::multiplied() const { return kernels_.gemms.back().kernel->multiplied(); }
+
 void MoeLayer::select_again() {
   verdicts_ = num_tile_verdicts();
   kernels_ = select_kernels(request_for(config().layout, isa_));
@@ -93,7 +96,9 @@ TileReport MoeLayer::check_tiles() {
   if (loaded == here.end()) return {};
   const TileReport report =
       kt::check_tiles(store_, pool_, *scratch_, request_for(config().layout, isa_), *loaded);
+  if (report.verdict == TileVerdict::kUnchecked) return {};
   set_tile_verdict(*tiles, report.verdict);
+  select_again();
   return report;
 }
 

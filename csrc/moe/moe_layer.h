@@ -72,6 +72,8 @@ class MoeLayer {
   // forward() is.
   bool compiles_kernels() const;
   void prepare_kernels();
+  // Whether check_tiles() can have something to check: not on a host without AMX. From any thread.
+  bool has_tiles() const { return (isa_ & (kIsaAmxInt8 | kIsaAmxBf16)) != 0; }
   // Once a process for each kernel in tiles, on the first layer that has an expert for it: see
   // moe/tile_check.h. Called as forward() is, with experts loaded. No text where there was nothing
   // to check.
@@ -82,6 +84,8 @@ class MoeLayer {
   // Throws kt::Error if `expert` cannot be computed here: not on the CPU, or never loaded.
   void check_expert(int expert) const;
   void count_dropped_share();
+  // What the kernel for an expert with many rows multiplies; as forward() is called.
+  DType multiplied() const;
   MoeCounters counters() const;
   std::string explain() const;  // the kernels in use
 

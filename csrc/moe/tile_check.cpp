@@ -16,9 +16,11 @@ constexpr IsaSet kAmx = kIsaAmxInt8 | kIsaAmxBf16;
 // More than one block of rows, so that both forms of a block run: 32 and up to 16.
 constexpr int kFewestTokens = 40;
 
-// Where bf16 is multiplied: every product is off by at most 2^-8 of itself (two roundings to bf16),
-// three products behind one another by less than 2^-6 together. A wrong tile is off by about 1.
-constexpr double kLargestDifference = 1.0 / 64;
+// Where bf16 is multiplied, every product is off by at most 2^-8 of itself (two roundings to bf16);
+// what counts is that some intermediate values then round to another code of int8, or of bf16. Rows
+// modelled with outliers of 10 and 39 times their mean came to 0.009 and 0.012 of the length,
+// rotated ones to 0.006. A wrong tile is off by about 1.
+constexpr double kLargestDifference = 1.0 / 32;
 
 constexpr int kTimedRounds = 5;
 
@@ -92,7 +94,7 @@ double relative_difference(const std::vector<float>& a, const std::vector<float>
     apart += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
     length += double{b[i]} * b[i];
   }
-  if (apart == 0) return 0;
+  if (apart == 0 && length > 0) return 0;
   const double difference = std::sqrt(apart / length);
   return std::isfinite(difference) ? difference : 1;
 }
@@ -159,6 +161,15 @@ TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& s
   const GemmKernel& tiles = *set.tile_gemm();
   ExpertRun run(store, pool, scratch, expert);
   const std::vector<float> ours = run.output(set);
+  const auto is_zero = [](float value) { return value == 0; };
+  if (std::all_of(ours.begin(), ours.end(), is_zero)) {
+    const std::vector<float>& scalar = run.output(without(request, ~IsaSet{0}));
+    if (std::all_of(scalar.begin(), scalar.end(), is_zero)) {
+      TileReport nothing;  // an expert of zeros says nothing of the kernels
+      nothing.verdict = TileVerdict::kUnchecked;
+      return nothing;
+    }
+  }
   const struct {
     const char* name;
     IsaSet removed;

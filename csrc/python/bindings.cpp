@@ -327,7 +327,7 @@ std::pair<std::string, bool> check_tiles_of(const LayerHandle& handle) {
   {
     std::shared_ptr<EngineLayer> layer = handle.engine_layer();
     const py::gil_scoped_release release;
-    layer->engine->run([&] { report = layer->layer.check_tiles(); });
+    report = layer->check_tiles();
     layer.reset();  // without the GIL: a layer that was closed meanwhile waits for its jobs
   }
   return {report.text, report.verdict != TileVerdict::kWrong};

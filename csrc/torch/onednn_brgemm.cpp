@@ -13,8 +13,8 @@
 //            end of every product: a parked thread holds none, and kernels of ours configure them
 //            otherwise, so theirs count as lost. oneDNN chooses by ONEDNN_MAX_CPU_ISA and does not
 //            know KT_FORCE_ISA, so a row on a host with AMX needs AMX to be in use.
-// Choice     on request only (KT_GEMM). On Zen 4 our tiles reach 99 % of the register peak and
-//            these 86 to 97 %, less from memory; elsewhere nothing was measured yet.
+// Choice     on request (KT_GEMM), and where ours in tiles was slower (moe/tile_check.h). On Zen 4
+//            our tiles reach 99 % of the register peak and these 86 to 97 %, less from memory.
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
@@ -92,6 +92,13 @@ void multiply_block(int32_t count, int32_t k, const Code* rows, const uint8_t* p
                reinterpret_cast<const Weight*>(panel), sums, /*is_vnni=*/true);
 }
 
+// Gives back what oneDNN configured; a refused product may have left it.
+void release_onednn_tiles() {
+  if (!uses_tiles) return;
+  blas::brgemm_release();
+  forget_tiles();
+}
+
 // Calls block(first row, rows) until all m rows are done.
 template <typename Block>
 void for_each_block(int32_t m, Block&& block) {
@@ -101,13 +108,12 @@ void for_each_block(int32_t m, Block&& block) {
       block(first, count);
     }
   } catch (const c10::Error& error) {
+    release_onednn_tiles();
     KT_CHECK(false, "oneDNN refused a product (" << error.what_without_backtrace()
                                                  << "); leave torch.backends.mkldnn enabled, or "
                                                     "set KT_GEMM=native.");
   }
-  if (!uses_tiles) return;
-  blas::brgemm_release();
-  forget_tiles();
+  release_onednn_tiles();
 }
 
 void gemm_u8_int8_fp32_32x64x4_onednn(const GemmArgs& args) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from kt_kernel.bench import kernels, layer, mixed, predict, serving
@@ -24,6 +25,7 @@ def main() -> int:
     for name, (module, text) in benches.items():
         module.add_arguments(commands.add_parser(name, help=text))
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")  # what KT_LOG_LEVEL lets through, to stderr
     return benches[args.command][0].main(args)
 
 

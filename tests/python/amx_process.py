@@ -122,7 +122,7 @@ def bench(amx: Interpreter) -> list[dict]:
         for m in ROWS:
             for other in bench.kernels:
                 right = [bench.matches(name, m) for name in (tiles, other)]
-                with amx.counting("configs") as last:
+                with amx.counting("configs", "releases") as last:
                     right.append(bench.matches(tiles, m))
                 found.append({"format": format_name, "m": m, "other": other, "right": all(right), **last})
     return found
