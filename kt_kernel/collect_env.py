@@ -113,7 +113,9 @@ def load_readings(path: str) -> dict[str, Any]:
 
     try:
         report = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from None
     section = report.get("readings", report) if isinstance(report, dict) else {}
     names = list(_ext.cpu_readings())
@@ -125,9 +127,10 @@ def load_readings(path: str) -> dict[str, Any]:
 def _reading(path: str, name: str, value: Any) -> str | int | None:
     """One value of a file of readings, checked."""
     if name in _WORDS:
-        if isinstance(value, str):
+        # as CPUID has it: 48 bytes at most; a file may come from anywhere, and its words go to a terminal
+        if isinstance(value, str) and value.isprintable() and len(value) <= 48:
             return value
-        raise ValueError(f"{path}: {name} is {value!r}; it must be text.")
+        raise ValueError(f"{path}: {name} is {value!r:.60}; it must be printable text of at most 48 characters.")
     if name == "tile_errno" and value is None:
         return None
     number = value if type(value) is int else -1
@@ -142,7 +145,7 @@ def _reading(path: str, name: str, value: Any) -> str | int | None:
 def explain(readings: dict[str, Any]) -> dict[str, Any]:
     """What kt_kernel finds and chooses on the CPU of the readings, whatever this host is.
 
-    ``KT_FORCE_ISA`` and ``KT_GEMM`` do not count: they are this process's.
+    ``KT_FORCE_ISA``, ``KT_GEMM`` and ``KT_DETERMINISTIC`` do not count: they are this process's.
 
     Returns
     -------

@@ -25,7 +25,8 @@ struct TileReport {
 // and gives kSlower where ours took longer. A choice made by a clock may change between starts;
 // nothing of it is kept on disk.
 //
-// kUnchecked and no text for an expert whose results are all zero: the next layer is asked.
+// kUnchecked and no text for an expert whose results say nothing, being zeros, not finite or nearly
+// subnormal: the next layer is asked.
 //
 // Threads  as MoeLayer::forward().
 // Cost     the scalar kernels: a second for 1e9 weights x rows and thread, with 40 rows or more; an

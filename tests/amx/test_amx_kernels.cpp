@@ -178,7 +178,7 @@ MoeConfig layer_config(const char* layout) {
 // block.
 class LayerOnTiles {
  public:
-  LayerOnTiles(const char* layout, IsaSet isa)
+  LayerOnTiles(const char* layout, IsaSet isa, float spread = 0.07f)
       : pool_(plan()), layer_(layer_config(layout), pool_, make_moe_scratch(), isa) {
     RandomNumbers random(3);
     const MoeConfig& config = layer_.config();
@@ -186,7 +186,7 @@ class LayerOnTiles {
     std::vector<ExpertStore::Source> sources;
     for (int i = 0; i < 9; ++i) {
       matrices.emplace_back(config.hidden_size * config.intermediate_size);
-      for (float& value : matrices.back()) value = 0.07f * random.normal();
+      for (float& value : matrices.back()) value = spread * random.normal();
     }
     for (int e = 0; e < 3; ++e) {
       sources.push_back({e, matrices[3 * e].data(), matrices[3 * e + 1].data(),
@@ -272,6 +272,16 @@ TEST_F(AmxLayer, IsCheckedOnceAndRight) {
     EXPECT_NE(report.text.find("gave the right result"), std::string::npos) << report.text;
     LayerOnTiles second(layout, cpu_features().chosen);
     EXPECT_EQ(second.layer().check_tiles().text, "");
+  }
+}
+
+// Products that overflow, and others that tiles flush to zero, are the weights' fault.
+TEST_F(AmxLayer, IsNotBlamedForWeightsThatSayNothing) {
+  for (const float spread : {0.0f, 1e-20f, 1e-15f, 1e15f}) {
+    set_tile_verdict(kernel_named(kBf16Row), TileVerdict::kUnchecked);
+    LayerOnTiles layer("bf16_n64k2_v1", cpu_features().chosen, spread);
+    EXPECT_EQ(layer.layer().check_tiles().text, "") << spread;
+    EXPECT_EQ(tile_verdict(kernel_named(kBf16Row)), TileVerdict::kUnchecked) << spread;
   }
 }
 

@@ -99,7 +99,11 @@ READINGS = json.loads((ROOT / "tests/data/cpus/haswell.json").read_text())["read
         (json.dumps({**READINGS, "leaf7_ebx": "27ab"}), "leaf7_ebx is '27ab'; it must be a number of 32 bits"),
         (json.dumps({**READINGS, "leaf7_ebx": None}), "leaf7_ebx is None; it must be a number"),
         (json.dumps({**READINGS, "tile_errno": -1}), "tile_errno is -1; it must be a number"),
-        (json.dumps({**READINGS, "brand": 7}), "brand is 7; it must be text"),
+        (json.dumps({**READINGS, "brand": 7}), "brand is 7; it must be printable text"),
+        (json.dumps({**READINGS, "brand": "a\n\x1b[31mred"}), "brand is 'a\\n\\x1b[31mred'; it must be printable text"),
+        (json.dumps({**READINGS, "brand": "\ud800"}), "it must be printable text of at most 48 characters"),
+        (json.dumps({**READINGS, "brand": "x" * 49}), "it must be printable text of at most 48 characters"),
+        ("[" * 200_000, "is no JSON file"),
     ],
 )
 def test_a_file_without_readings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text, words) -> None:
@@ -109,6 +113,7 @@ def test_a_file_without_readings_is_refused(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert words in error and str(file) in error and error.count("\n") == 1
     assert main(["--readings", str(tmp_path / "missing.json")]) == 1
+    assert "missing.json cannot be read: No such file or directory." in capsys.readouterr().err
 
 
 def test_the_text_names_every_kernel_and_node(monkeypatch: pytest.MonkeyPatch) -> None:
