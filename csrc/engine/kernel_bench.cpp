@@ -189,9 +189,8 @@ const NumaArena& KernelBench::packed_of(const GemmKernel& kernel) {
   packed.kernel = &kernel;
   packed.rows = NumaArena(static_cast<size_t>(tiles * kTileRows * row_bytes), -1);
   for (int i = 0; i < max_rows_; ++i) {
-    packing.pack_row(
-        codes + a_.row_idx[i] * a_.stride * code_bytes, static_cast<int32_t>(k_),
-        packed.rows.data() + i / kTileRows * kTileRows * row_bytes + i % kTileRows * kTileBytes);
+    packing.pack_row(codes + a_.row_idx[i] * a_.stride * code_bytes, static_cast<int32_t>(k_),
+                     packed.rows.data() + packed_row_offset(i, row_bytes));
   }
   return packed.rows;
 }

@@ -239,10 +239,9 @@ void ForwardPass::place_packed_rows() {
 uint8_t* ForwardPass::packed_row(Projection projection, int64_t expert_pos, int64_t r) const {
   const int64_t row_bytes =
       store_.padded_k(projection) * kernel_of(expert_pos).packing->value_bytes;
-  const int64_t in_expert = r - routing_.offsets[expert_pos];
-  const int64_t tile = scratch_.first_tile[expert_pos] + in_expert / kTileRows;
-  return packed_[static_cast<int>(projection)] + tile * kTileRows * row_bytes +
-         in_expert % kTileRows * kTileBytes;
+  const int64_t first = scratch_.first_tile[expert_pos] * kTileRows;
+  return packed_[static_cast<int>(projection)] +
+         packed_row_offset(first + r - routing_.offsets[expert_pos], row_bytes);
 }
 
 void ForwardPass::pack_tokens(IndexRange part) const {

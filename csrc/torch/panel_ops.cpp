@@ -42,8 +42,7 @@ at::Tensor packed_rows(const RowPacking& packing, const GemmArgs& args) {
   for (int32_t i = 0; i < args.m; ++i) {
     const int64_t row = args.row_idx == nullptr ? i : args.row_idx[i];
     packing.pack_row(codes + row * args.a_stride_bytes, args.k,
-                     packed.mutable_data_ptr<uint8_t>() + i / kTileRows * kTileRows * row_bytes +
-                         i % kTileRows * kTileBytes);
+                     packed.mutable_data_ptr<uint8_t>() + packed_row_offset(i, row_bytes));
   }
   return packed;
 }

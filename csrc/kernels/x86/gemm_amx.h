@@ -159,6 +159,45 @@ inline const uint8_t* packed_rows(const GemmArgs& args, int row, int64_t chunks)
   return static_cast<const uint8_t*>(args.a) + row / kTileRows * chunks * kPackedTile;
 }
 
+// C0 .. C3 = the part's rows by its columns of b, over `chunks` products of k. Rows of the lower
+// tiles lie `tile_bytes` behind those of the upper.
+template <typename Dot, int kShorter>
+inline void add_products(const Part& part, const uint8_t* a, int64_t tile_bytes, const uint8_t* b,
+                         int64_t chunks, const uint8_t*& next) {
+  zero_sums();
+  if (part.columns == 32) {
+    add_products_32<Dot, kShorter>(a, a + tile_bytes, b, chunks, next);
+  } else {
+    add_products_16<Dot, kShorter>(a, b, chunks, next);
+  }
+}
+
+template <typename Sum>
+inline void store_sums(const Part& part, Sums<Sum>* sums) {
+  if (part.columns == 32) {
+    store_sums_32(sums);
+  } else {
+    store_sums_16(sums);
+  }
+}
+
+inline int64_t scale_row(const GemmArgs& args, int i) {
+  return args.row_idx != nullptr ? args.row_idx[i] : i;
+}
+
+// c = sums * a_scale
+inline void store_scaled(const GemmArgs& args, const Part& part, const Sums<float>& sums) {
+  for (int i = 0; i < part.rows; ++i) {
+    const int row = part.row + i;
+    const __m512 a_scale = _mm512_set1_ps(args.a_scale[scale_row(args, row)]);
+    float* const c = args.c + row * args.c_stride + part.column;
+    for (int j = 0; j < part.columns; j += kLineColumns) {
+      const __m512 sum = _mm512_load_ps(sums.values + i * part.columns + j);
+      _mm512_storeu_ps(c + j, _mm512_mul_ps(sum, a_scale));
+    }
+  }
+}
+
 // What a panel with one sum over all of k costs: each product is issued before the sums of the one
 // before it are finished, so that the tiles need not wait for the vector units.
 //
@@ -174,20 +213,12 @@ inline void multiply_panel(const GemmArgs& args, int64_t chunks, Finish finish) 
     const uint8_t* const upper = packed_rows(args, row, chunks);
     const int width = rows > kTileRows ? 32 : 64;
     for (int column = 0; column < kPanelColumns; column += width) {
-      const uint8_t* const b = args.panel + 4 * column;
-      zero_sums();
-      if (width == 32) {
-        add_products_32<Dot, kShorter>(upper, upper + chunks * kPackedTile, b, chunks, next);
-      } else {
-        add_products_16<Dot, kShorter>(upper, b, chunks, next);
-      }
+      const Part part = {row, rows, column, width};
+      add_products<Dot, kShorter>(part, upper, chunks * kPackedTile, args.panel + 4 * column,
+                                  chunks, next);
       if (last.rows > 0) finish(sums[at ^ 1], last);
-      if (width == 32) {
-        store_sums_32(&sums[at]);
-      } else {
-        store_sums_16(&sums[at]);
-      }
-      last = {row, rows, column, width};
+      store_sums(part, &sums[at]);
+      last = part;
       at ^= 1;
     }
     next = nullptr;
@@ -211,10 +242,6 @@ inline uint64_t multiply_zeros(int64_t iterations) {
   Sums<int32_t> sums;
   store_sums_32(&sums);
   return static_cast<uint64_t>(sums.values[0]);
-}
-
-inline int64_t scale_row(const GemmArgs& args, int i) {
-  return args.row_idx != nullptr ? args.row_idx[i] : i;
 }
 
 }  // namespace

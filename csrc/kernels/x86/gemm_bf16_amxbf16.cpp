@@ -22,20 +22,10 @@ void gemm_bf16_bf16_fp32_32x64x2_amxbf16(const GemmArgs& args) {
       });
 }
 
-// c = sum * a_scale
 void gemm_s8_int4b_fp32_32x64x2_amxbf16(const GemmArgs& args) {
   multiply_panel<Bf16, float, 4>(
-      args, args.k / kTileK, [&](const Sums<float>& sums, const Part& part) {
-        for (int i = 0; i < part.rows; ++i) {
-          const int row = part.row + i;
-          const __m512 a_scale = _mm512_set1_ps(args.a_scale[scale_row(args, row)]);
-          float* const c = args.c + row * args.c_stride + part.column;
-          for (int j = 0; j < part.columns; j += kLineColumns) {
-            const __m512 sum = _mm512_load_ps(sums.values + i * part.columns + j);
-            _mm512_storeu_ps(c + j, _mm512_mul_ps(sum, a_scale));
-          }
-        }
-      });
+      args, args.k / kTileK,
+      [&](const Sums<float>& sums, const Part& part) { store_scaled(args, part, sums); });
 }
 
 }  // namespace kt

@@ -34,18 +34,6 @@ void fold_group(const GemmArgs& args, const Part& part, int64_t group, const uin
   }
 }
 
-void store_total(const GemmArgs& args, const Part& part, const Sums<float>& total) {
-  for (int i = 0; i < part.rows; ++i) {
-    const int row = part.row + i;
-    const __m512 a_scale = _mm512_set1_ps(args.a_scale[scale_row(args, row)]);
-    float* const c = args.c + row * args.c_stride + part.column;
-    for (int j = 0; j < part.columns; j += kLineColumns) {
-      const __m512 sum = _mm512_load_ps(total.values + i * part.columns + j);
-      _mm512_storeu_ps(c + j, _mm512_mul_ps(sum, a_scale));
-    }
-  }
-}
-
 void multiply_part(const GemmArgs& args, const Part& part, const uint8_t*& next) {
   const int64_t chunks = args.k / kTileBytes;
   const int64_t group_chunks = args.group_size / kTileBytes;
@@ -56,23 +44,14 @@ void multiply_part(const GemmArgs& args, const Part& part, const uint8_t*& next)
     const int64_t count = chunks - begin < group_chunks ? chunks - begin : group_chunks;
     const uint8_t* const upper = packed_rows(args, part.row, chunks) + begin * kPackedTile;
     const uint8_t* const b = args.panel + begin * kChunkBytes + 4 * part.column;
-    zero_sums();
-    if (part.columns == 32) {
-      add_products_32<S8U8, kShorter>(upper, upper + chunks * kPackedTile, b, count, next);
-    } else {
-      add_products_16<S8U8, kShorter>(upper, b, count, next);
-    }
+    add_products<S8U8, kShorter>(part, upper, chunks * kPackedTile, b, count, next);
     if (group > 0) {
       fold_group(args, part, group - 1, scales, sums.group[(group - 1) & 1], &sums.total);
     }
-    if (part.columns == 32) {
-      store_sums_32(&sums.group[group & 1]);
-    } else {
-      store_sums_16(&sums.group[group & 1]);
-    }
+    store_sums(part, &sums.group[group & 1]);
   }
   fold_group(args, part, group - 1, scales, sums.group[(group - 1) & 1], &sums.total);
-  store_total(args, part, sums.total);
+  store_scaled(args, part, sums.total);
 }
 
 }  // namespace
