@@ -7,7 +7,25 @@
 
 namespace kt {
 
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kUint8, kInt4, kInt32, kInt64 };
+// The codes of packed weights below 8 bits have no dtype of torch's: kFp4 is E2M1, kIq4 the table of
+// llama.cpp's IQ4_NL, kFp8 e4m3fn.
+enum class DType : uint8_t {
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt8,
+  kUint8,
+  kInt6,
+  kInt5,
+  kInt4,
+  kInt3,
+  kInt2,
+  kInt32,
+  kInt64,
+  kFp8,
+  kFp4,
+  kIq4,
+};
 
 inline const char* dtype_name(DType dtype) {
   switch (dtype) {
@@ -16,18 +34,32 @@ inline const char* dtype_name(DType dtype) {
     case DType::kFloat16: return "fp16";
     case DType::kInt8: return "int8";
     case DType::kUint8: return "uint8";
+    case DType::kInt6: return "int6";
+    case DType::kInt5: return "int5";
     case DType::kInt4: return "int4";
+    case DType::kInt3: return "int3";
+    case DType::kInt2: return "int2";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
+    case DType::kFp8: return "fp8";
+    case DType::kFp4: return "fp4";
+    case DType::kIq4: return "iq4";
   }
   return "unknown";
 }
 
 inline int dtype_bits(DType dtype) {
   switch (dtype) {
-    case DType::kInt4: return 4;
+    case DType::kInt2: return 2;
+    case DType::kInt3: return 3;
+    case DType::kInt4:
+    case DType::kFp4:
+    case DType::kIq4: return 4;
+    case DType::kInt5: return 5;
+    case DType::kInt6: return 6;
     case DType::kInt8:
-    case DType::kUint8: return 8;
+    case DType::kUint8:
+    case DType::kFp8: return 8;
     case DType::kBFloat16:
     case DType::kFloat16: return 16;
     case DType::kFloat32:

@@ -58,27 +58,29 @@ KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, in
       max_rows_(max_rows),
       panel_bytes_(layout.panel_bytes(k)),
       num_panels_(buffer_bytes / panel_bytes_),
-      group_size_(static_cast<int>(std::min<int64_t>(layout.effective_group_size(k), k))) {
+      group_size_(static_cast<int>(std::min<int64_t>(layout.effective_group_size(k), k))),
+      a_block_(static_cast<int>(layout.activation_block(k))),
+      num_blocks_(layout.num_activation_blocks(k)) {
   KT_CHECK(k % 64 == 0 && k <= kMaxIntegerK,
            "k is " << k << "; it must be a multiple of 64 up to " << kMaxIntegerK << ".");
   KT_CHECK(max_rows >= 1, "the kernels are to be given " << max_rows << " rows; give at least 1.");
   KT_CHECK(num_panels_ >= 2, "a buffer of " << buffer_bytes << " bytes holds no two panels of "
                                             << panel_bytes_ << "; give more.");
   for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.weight_dtype != layout.code || !kernel.fits_groups(layout.group_size)) continue;
+    if (kernel.weights != layout.format ||
+        !kernel.fits_groups(layout.group_size, layout.has_row_scales()))
+      continue;
     if ((kernel.isa & ~cpu_features().chosen) != 0) continue;
     if (kernel.isa == kIsaReference && kernel.expand == nullptr) reference_ = &kernel;
     kernels_.push_back(&kernel);
   }
   KT_CHECK(reference_ != nullptr,
-           "kernels.inc has no reference row for " << dtype_name(layout.code) << ".");
+           "kernels.inc has no reference row for " << format_name(layout.format) << ".");
   const size_t outputs = static_cast<size_t>(max_rows) * kPanelColumns;
   c_.resize(outputs);
   expected_.resize(outputs);
   panels_ = NumaArena(static_cast<size_t>(num_panels_ * panel_bytes_), -1);
-  expanded_ = NumaArena(static_cast<size_t>(2 * k * kPanelColumns +
-                                            layout.num_groups(k) * int64_t{4} * kPanelColumns),
-                        -1);
+  expanded_ = NumaArena(static_cast<size_t>(expanded_bytes(k, layout.num_groups(k))), -1);
   fill_panels();
   fill_activations();
 }
@@ -93,10 +95,10 @@ void KernelBench::fill_panels() {
     for (float& scale : scales) scale = 0.001f + 1e-6f * static_cast<float>(random() % 1000);
     for (size_t i = 0; i < values; ++i) {
       bf16[i] = random_bf16(random);
-      codes[i] = random_code(random, layout_.code == DType::kInt4 ? 7 : 127);
+      codes[i] = random_code(random, layout_.format == WeightFormat::kInt4 ? 7 : 127);
     }
     const void* given = codes.data();
-    if (layout_.code == DType::kBFloat16) given = bf16.data();
+    if (layout_.format == WeightFormat::kBFloat16) given = bf16.data();
     pack_panel(layout_, k_, given, scales.data(), panels_.data() + p * panel_bytes_);
   }
   for (int64_t p = kDistinctPanels; p < num_panels_; ++p) {
@@ -116,7 +118,8 @@ void KernelBench::fill_activations() {
   a_.group_sum.assign(static_cast<size_t>(max_rows_) * num_groups, 0);
   for (int i = 0; i < max_rows_; ++i) {
     a_.row_idx.push_back(max_rows_ - 1 - i);
-    a_.scale.push_back(0.01f + 0.001f * static_cast<float>(i));
+    for (int b = 0; b < num_blocks_; ++b)
+      a_.scale.push_back(0.01f + 0.001f * static_cast<float>(i + b % 3));
     for (int64_t j = 0; j < k_; ++j) {
       const int8_t code = random_code(random, 127);
       const uint16_t bits = random_bf16(random);
@@ -133,7 +136,7 @@ const GemmKernel& KernelBench::find(const std::string& name) const {
   for (const GemmKernel* kernel : kernels_) {
     if (kernel->name == name) return *kernel;
   }
-  KT_CHECK(false, name << " is no row of the kernel table for " << dtype_name(layout_.code)
+  KT_CHECK(false, name << " is no row of the kernel table for " << format_name(layout_.format)
                        << " that may run here.");
 }
 
@@ -156,7 +159,10 @@ void KernelBench::multiply(const GemmKernel& kernel, int m, int64_t index, float
   args.a_stride_bytes = is_bf16 ? 2 * a_.stride : a_.stride;
   args.row_idx = a_.row_idx.data();
   if (!is_bf16) args.a_scale = a_.scale.data();
-  if (layout_.code == DType::kInt4) args.a_group_sum = a_.group_sum.data();
+  if (has_groups(layout_.format) && !is_bf16) args.a_group_sum = a_.group_sum.data();
+  args.a_scale_stride = num_blocks_;
+  args.a_block = a_block_;
+  args.code_offset = format_info(layout_.format).code_offset;
   args.a_group_sum_stride = layout_.num_groups(k_);
   args.panel = panel(index);
   args.next_panel = index + 1 < num_panels_ ? panel(index + 1) : nullptr;
@@ -190,6 +196,7 @@ const NumaArena& KernelBench::packed_of(const GemmKernel& kernel) {
   packed.rows = NumaArena(static_cast<size_t>(tiles * kTileRows * row_bytes), -1);
   for (int i = 0; i < max_rows_; ++i) {
     packing.pack_row(codes + a_.row_idx[i] * a_.stride * code_bytes, static_cast<int32_t>(k_),
+                     a_.scale.data() + a_.row_idx[i] * num_blocks_, a_block_,
                      packed.rows.data() + packed_row_offset(i, row_bytes));
   }
   return packed.rows;
@@ -223,7 +230,7 @@ double KernelBench::rounding_bound() const {
   const double unit = std::ldexp(1.0, -24);
   // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
   // at most 4k
-  if (layout_.code == DType::kBFloat16) return 2 * k * 4 * k * unit;
+  if (layout_.format == WeightFormat::kBFloat16) return 2 * k * 4 * k * unit;
   // int4 as bf16: k weights of at most 7 * 0.002, each rounded by up to 2^-9 of itself, times codes
   // of 127 / 3^0.5 on average, under the largest scale of a row. The roundings are independent:
   // eight times the root of their sum of squares, and a lost tile of 32 k is off by twice as much.

@@ -78,6 +78,8 @@ class KernelBench {
   const int64_t panel_bytes_;
   const int64_t num_panels_;
   const int group_size_;
+  const int a_block_;
+  const int num_blocks_;
   std::vector<const GemmKernel*> kernels_;
   const GemmKernel* reference_ = nullptr;
   NumaArena panels_;

@@ -126,34 +126,37 @@ const void* row_at(const void* matrix, DType dtype, int64_t row, int64_t k) {
 void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales,
                 uint8_t* dst) {
   const int64_t padded_k = layout.padded_k(k);
-  switch (layout.code) {
-    case DType::kInt8: return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
-    case DType::kInt4: return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
-    case DType::kBFloat16:
+  switch (layout.format) {
+    case WeightFormat::kInt8:
+      return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
+    case WeightFormat::kInt4:
+      return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
+    case WeightFormat::kBFloat16:
       return for_each_word(dst, padded_k, 2, [&](int64_t first, int column, uint8_t* word) {
         std::memcpy(word, static_cast<const uint16_t*>(codes) + column * padded_k + first, 4);
       });
-    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default: KT_CHECK(false, "no packed layout has codes of " << format_name(layout.format));
   }
 }
 
 void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, void* codes,
                   float* scales) {
   const int64_t padded_k = layout.padded_k(k);
-  switch (layout.code) {
-    case DType::kInt8:
+  switch (layout.format) {
+    case WeightFormat::kInt8:
       for_each_word(panel, padded_k, 4, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<int8_t*>(codes) + column * padded_k + first, word, 4);
       });
       std::memcpy(scales, panel + padded_k * kPackedColumns + kPackedColumns * sizeof(int32_t),
                   kPackedColumns * sizeof(float));
       return;
-    case DType::kInt4: return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
-    case DType::kBFloat16:
+    case WeightFormat::kInt4:
+      return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
+    case WeightFormat::kBFloat16:
       return for_each_word(panel, padded_k, 2, [&](int64_t first, int column, const uint8_t* word) {
         std::memcpy(static_cast<uint16_t*>(codes) + column * padded_k + first, word, 4);
       });
-    default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+    default: KT_CHECK(false, "no packed layout has codes of " << format_name(layout.format));
   }
 }
 
@@ -168,7 +171,7 @@ void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* pane
   const auto row = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(padded_k));
   unpack_panel(layout, k, panel, codes.get(), scales.get());
   for (int column = 0; column < kPackedColumns; ++column) {
-    if (layout.code == DType::kBFloat16) {
+    if (layout.format == WeightFormat::kBFloat16) {
       for (int64_t i = 0; i < padded_k; ++i) row[i] = bf16_to_float(codes[column * padded_k + i]);
     } else {
       const auto* const code = reinterpret_cast<const int8_t*>(codes.get()) + column * padded_k;

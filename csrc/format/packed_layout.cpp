@@ -14,6 +14,7 @@ namespace {
 constexpr int kMinRotation = 32;
 constexpr int kMaxRotation = 1024;
 constexpr int kMaxGroupSize = 65536;
+constexpr int kMinActivationBlock = 128;
 // Largest n and k: sizes in bytes (n * k * 2) stay below 2^63 and groups of k are ints.
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 
@@ -33,21 +34,27 @@ int take_number(std::string_view& text) {
   return value;
 }
 
+bool is_two_level(ScaleForm scales) {
+  return scales == ScaleForm::kBlock || scales == ScaleForm::kBlockMin;
+}
+
 // Why a layout cannot be, or null.
 const char* layout_fault(const PackedLayout& layout) {
-  if (layout.code != DType::kInt8 && layout.code != DType::kInt4 &&
-      layout.code != DType::kBFloat16) {
-    return "codes are int8, int4 or bf16";
-  }
-  if (layout.group_size != 0) {
-    if (layout.code != DType::kInt4) return "only int4 has groups";
-    if (layout.group_size < 32 || layout.group_size % 32 != 0 ||
+  const ScaleForm scales = format_info(layout.format).scales;
+  if (is_two_level(scales)) {
+    if (layout.group_size != 16 && layout.group_size != 32)
+      return "the group size of two-level scales is 16 or 32";
+  } else if (layout.group_size != 0) {
+    if (!has_groups(layout.format)) return "int8 and bf16 have no groups";
+    const int unit = scales == ScaleForm::kColumn ? 16 : 32;
+    if (layout.group_size < unit || layout.group_size % unit != 0 ||
         layout.group_size > kMaxGroupSize) {
-      return "the group size is a multiple of 32, at most 65536";
+      return "the group size is a multiple of 32 (fp4c: 16), at most 65536";
     }
   }
   if (layout.max_rotation != 0) {
-    if (layout.code == DType::kBFloat16) return "bf16 is not rotated";
+    if (layout.format != WeightFormat::kInt8 && layout.format != WeightFormat::kInt4)
+      return "only int8 and int4 are rotated";
     const bool power_of_two = (layout.max_rotation & (layout.max_rotation - 1)) == 0;
     if (layout.max_rotation < kMinRotation || layout.max_rotation > kMaxRotation || !power_of_two) {
       return "the rotation is a power of two from 32 to 1024";
@@ -56,18 +63,59 @@ const char* layout_fault(const PackedLayout& layout) {
   return nullptr;
 }
 
+// Takes the longest name of a format off the front of `text`; null if none stands there.
+const WeightFormatInfo* take_format(std::string_view& text) {
+  const WeightFormatInfo* found = nullptr;
+  size_t length = 0;
+  for (const WeightFormatInfo& info : list_weight_formats()) {
+    const std::string_view name = info.name;
+    if (name.size() <= length || text.substr(0, name.size()) != name) continue;
+    found = &info;
+    length = name.size();
+  }
+  text.remove_prefix(length);
+  return found;
+}
+
+// Bytes of one group's scales, and of what stands before each 256 k.
+int64_t scale_bytes(ScaleForm scales) {
+  switch (scales) {
+    case ScaleForm::kNone:
+    case ScaleForm::kRow: return 0;
+    case ScaleForm::kBlock: return 1;
+    case ScaleForm::kBf16:
+    case ScaleForm::kFp16:
+    case ScaleForm::kBlockMin:
+    case ScaleForm::kColumn: return 2;
+    case ScaleForm::kFp16Zero: return 3;
+    case ScaleForm::kFp32:
+    case ScaleForm::kFp16Min: return 4;
+  }
+  return 0;
+}
+
+int64_t super_block_bytes(ScaleForm scales) {
+  if (scales == ScaleForm::kBlock) return 2;
+  return scales == ScaleForm::kBlockMin ? 4 : 0;
+}
+
+// What stands behind the last group.
+int64_t tail_bytes(ScaleForm scales) {
+  if (scales == ScaleForm::kRow) return sizeof(int32_t) + sizeof(float);
+  return scales == ScaleForm::kColumn ? sizeof(float) : 0;
+}
+
 }  // namespace
 
 std::string PackedLayout::name() const {
+  const WeightFormatInfo& info = format_info(format);
   const char* const fault = layout_fault(*this);
-  KT_CHECK(fault == nullptr, "no layout has code " << dtype_name(code) << ", group size "
-                                                   << group_size << " and rotation " << max_rotation
-                                                   << ": " << fault);
-  std::string text = dtype_name(code);
+  KT_CHECK(fault == nullptr, "no layout has the format " << info.name << ", group size "
+                                                         << group_size << " and rotation "
+                                                         << max_rotation << ": " << fault);
+  std::string text = info.name;
   if (group_size != 0) text.append("g").append(std::to_string(group_size));
-  if (code == DType::kInt8) text += "_n64k4";
-  if (code == DType::kInt4) text += "_n64k8";
-  if (code == DType::kBFloat16) text += "_n64k2";
+  text.append("_n64k").append(std::to_string(info.step_k));
   if (max_rotation != 0) text.append("_r").append(std::to_string(max_rotation));
   return text.append("_v1");
 }
@@ -75,35 +123,28 @@ std::string PackedLayout::name() const {
 PackedLayout PackedLayout::parse(const std::string& name) {
   constexpr const char* kKnownForms =
       "; known forms: int8_n64k4_r512_v1, int4g32_n64k8_r512_v1, int4_n64k8_v1 (one scale a row), "
-      "bf16_n64k2_v1; the rotation _r512 may be left out";
+      "bf16_n64k2_v1, int6kg16_n64k16_v1 and the like; the rotation _r512 may be left out";
   PackedLayout layout;
   std::string_view rest = name;
-  bool known = true;
-  if (take(rest, "int8")) {
-    layout.code = DType::kInt8;
-    known = take(rest, "_n64k4");
-  } else if (take(rest, "int4")) {
-    layout.code = DType::kInt4;
+  const WeightFormatInfo* const info = take_format(rest);
+  const char* fault = nullptr;
+  if (info != nullptr) {
+    layout.format = info->format;
     if (take(rest, "g")) layout.group_size = take_number(rest);
-    known = take(rest, "_n64k8");
-  } else if (take(rest, "bf16")) {
-    layout.code = DType::kBFloat16;
-    known = take(rest, "_n64k2");
-  } else {
-    known = false;
+    take(rest, "_n64k" + std::to_string(info->step_k));
+    if (take(rest, "_r")) layout.max_rotation = take_number(rest);
+    fault = layout_fault(layout);
   }
-  if (known && take(rest, "_r")) layout.max_rotation = take_number(rest);
-  const char* const fault = known ? layout_fault(layout) : nullptr;
   KT_CHECK(fault == nullptr, "unknown packed layout \"" << name << "\": " << fault << kKnownForms);
   // leading zeros, "g0", "r0", other versions and anything after them do not print back
-  KT_CHECK(known && layout.name() == name,
+  KT_CHECK(info != nullptr && layout.name() == name,
            "unknown packed layout \"" << name << "\"" << kKnownForms);
   return layout;
 }
 
 int64_t PackedLayout::padded_k(int64_t k) const {
   KT_CHECK(k > 0 && k <= kMaxSize, "k must be from 1 to " << kMaxSize << ", got " << k);
-  return round_up(k, code == DType::kBFloat16 ? 32 : 64);
+  return round_up(k, format == WeightFormat::kBFloat16 ? 32 : 64);
 }
 
 int64_t PackedLayout::num_panels(int64_t n) const {
@@ -112,15 +153,13 @@ int64_t PackedLayout::num_panels(int64_t n) const {
 }
 
 int64_t PackedLayout::panel_bytes(int64_t k) const {
-  const int64_t columns = padded_k(k) * kPackedColumns;
-  switch (code) {
-    case DType::kInt8: return columns + kPackedColumns * int64_t{sizeof(int32_t) + sizeof(float)};
-    case DType::kInt4:
-      return columns / 2 + num_groups(k) * kPackedColumns * int64_t{sizeof(uint16_t)};
-    case DType::kBFloat16: return columns * int64_t{sizeof(uint16_t)};
-    default: break;
-  }
-  throw Error(std::string("no packed layout has codes of ") + dtype_name(code), __FILE__, __LINE__);
+  const WeightFormatInfo& info = format_info(format);
+  const int64_t padded = padded_k(k);
+  const int64_t groups = has_groups(format) ? num_groups(k) : 0;
+  return padded * kPackedColumns * dtype_bits(info.code) / 8 +
+         kPackedColumns * (groups * scale_bytes(info.scales) +
+                           ceil_div(padded, kSuperBlock) * super_block_bytes(info.scales) +
+                           tail_bytes(info.scales));
 }
 
 int64_t PackedLayout::matrix_bytes(int64_t n, int64_t k) const {
@@ -139,6 +178,22 @@ int PackedLayout::effective_group_size(int64_t k) const {
 int PackedLayout::rotation_block(int64_t k) const {
   const int64_t row = padded_k(k);
   return static_cast<int>(std::min<int64_t>(row & -row, max_rotation));
+}
+
+bool PackedLayout::has_row_scales() const {
+  return max_rotation != 0 || group_size == 0 || takes_bf16_rows(format);
+}
+
+int64_t PackedLayout::activation_block(int64_t k) const {
+  const int64_t row = padded_k(k);
+  if (has_row_scales()) return row;
+  int64_t block = group_size;
+  while (block < kMinActivationBlock || block % 64 != 0) block += group_size;
+  return std::min(block, row);
+}
+
+int PackedLayout::num_activation_blocks(int64_t k) const {
+  return static_cast<int>(ceil_div(padded_k(k), activation_block(k)));
 }
 
 }  // namespace kt

@@ -336,8 +336,9 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
   const int64_t padded_k = layout.padded_k(rows.k);
   const int64_t group_size = layout.effective_group_size(rows.k);
   const int block = layout.rotation_block(rows.k);
-  const int32_t largest = layout.code == DType::kBFloat16 ? kLargestBf16 : kLargestQuantized;
-  const int64_t unit_columns = layout.code == DType::kInt4 ? group_size : 0;
+  const int32_t largest =
+      layout.format == WeightFormat::kBFloat16 ? kLargestBf16 : kLargestQuantized;
+  const int64_t unit_columns = layout.format == WeightFormat::kInt4 ? group_size : 0;
   const auto buffer =
       std::make_unique_for_overwrite<F4[]>(static_cast<size_t>(padded_k + unit_columns));
   F4* const x = buffer.get();
@@ -347,13 +348,13 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
     LaneSums* const wanted = error == nullptr ? nullptr : &sums;
     load_quad(rows, quad, padded_k, largest, x);
     rotate_quad(x, padded_k, block);
-    switch (layout.code) {
-      case DType::kInt8: quantize_quad_int8(x, padded_k, quad, dst, wanted); break;
-      case DType::kInt4:
+    switch (layout.format) {
+      case WeightFormat::kInt8: quantize_quad_int8(x, padded_k, quad, dst, wanted); break;
+      case WeightFormat::kInt4:
         quantize_quad_int4(x, padded_k, group_size, quad, x + padded_k, dst, wanted);
         break;
-      case DType::kBFloat16: quantize_quad_bf16(x, padded_k, quad, dst, wanted); break;
-      default: KT_CHECK(false, "no packed layout has codes of " << dtype_name(layout.code));
+      case WeightFormat::kBFloat16: quantize_quad_bf16(x, padded_k, quad, dst, wanted); break;
+      default: KT_CHECK(false, "no packed layout has codes of " << format_name(layout.format));
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       total.error += sums.error[lane];

@@ -21,32 +21,44 @@ constexpr int kMaxIntegerK = 65536;
 // c[i, j] = sum_k a[row(i), k] * w[j, k], for one panel of 64 columns, i in [0, m).
 //
 // Formula   int8   c = (float(sum_k qa * qw) * w_scale[j]) * a_scale[row]
-//           int4   acc = 0;
-//                  for g ascending: acc = fma(float(sum_{k in g} qa * qw), scale[g, j], acc);
-//                  c = acc * a_scale[row]
+//           groups of integers (base/weight_format.h), for each block b of a_block k ascending:
+//                  part = 0; for its groups g ascending:
+//                    part = fma(float(sum_{k in g} qa * (u - offset)), scale[g, j], part),
+//                           offset that of the format or zero[g, j];
+//                    with a minimum: part = fma(float(sum_{k in g} qa), minimum[g, j], part);
+//                  acc = part * a_scale[row, b] for the first b, then
+//                  acc = fma(part, a_scale[row, b], acc);
+//                  c = acc, or acc * t[j] (kColumn)
+//                  scale = fp32(s), or d * c (kBlock*); minimum = fp32(m), or -(e * b) (kBlockMin):
+//                  both products exact
 //           bf16   c = sum_k a * w in fp32, order and rounding free for each kernel but the same
 //                  for every m
-//           int4 expanded to bf16: c = (sum_k qa * bf16(q * scale) in fp32) * a_scale[row]
-//           Integer sums are exact, so int8 and int4 give the same bits on every tier, for every m,
-//           but where int4 is expanded to bf16.
+//           fp8    c = sum over groups of scale[g, j] * sum_{k in g} a * w, as free as bf16; or as
+//                  bf16 of bf16(w * scale)
+//           integers expanded to bf16: c = (sum_k qa * bf16(w * scale) in fp32) * a_scale[row], or
+//                  sum_k bf16(qa * a_scale[row, b]) * bf16(w * scale) with a_block < k
+//           Integer sums are exact, so integers give the same bits on every tier, for every m, but
+//           where they are expanded to bf16.
 // Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's
 //           a_dtype), or what RowPacking made of rows 0 .. m - 1 if the kernel has one; a_scale
-//           [rows]; a_group_sum [rows, groups], sum of the int8 codes of each weight group (int4
-//           only); panel as PackedLayout describes, or what ExpandFn wrote if the kernel has one;
-//           c [m, 64], overwritten.
-// Units     a_stride_bytes in bytes, not read where rows are packed; c_stride and
+//           [rows, blocks]; a_group_sum [rows, groups], sum of the int8 codes of each weight group
+//           (groups of integers only); panel as PackedLayout describes, or what ExpandFn wrote if
+//           the kernel has one; c [m, 64], overwritten.
+// Units     a_stride_bytes in bytes, not read where rows are packed; c_stride, a_scale_stride and
 //           a_group_sum_stride in elements.
 // Tiles     a kernel with packed rows works in AMX tiles: those of the calling thread are
 //           configured (TileControl) before the call and stay so.
-// Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32, or k for one scale a
-//           row; group_size <= k.
+// Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32 (kBlock*, kColumn: of
+//           16), or k for one scale a row; group_size <= k; a_block k, or whole groups and a multiple
+//           of 64.
 // Threads   re-entrant.
 struct GemmArgs {
   const void* a;
   int64_t a_stride_bytes;
   const int32_t* row_idx;      // row(i) = row_idx[i]; null: row(i) = i; packed rows: of scales only
   const float* a_scale;        // null for bf16
-  const int32_t* a_group_sum;  // null but for int4
+  int64_t a_scale_stride;      // not read where a row has one scale: they are side by side
+  const int32_t* a_group_sum;  // null but for groups of integers
   int64_t a_group_sum_stride;
   const uint8_t* panel;
   const uint8_t* next_panel;  // what this thread reads next, for prefetch; may be null
@@ -54,15 +66,18 @@ struct GemmArgs {
   int64_t c_stride;
   int32_t m;
   int32_t k;
-  int32_t group_size;  // int4: columns of k under one scale
+  int32_t group_size;   // columns of k under one scale of the weights
+  int32_t a_block;      // columns of k under one scale of the activations
+  int32_t code_offset;  // expanded integers: what to take off a code, where it has no zero
 };
 using GemmFn = void (*)(const GemmArgs&);
 
-// Unpacks one int4 panel for many rows: scratch = uint8 codes (q + 8) as [k/4][64][4], then fp32
-// scales [groups][64]; or, where the kernel multiplies bf16, bf16(q * scale), rounded to nearest
-// even, as [k/2][64][2].
+// Unpacks one panel for many rows: scratch = uint8 codes u as [k/4][64][4], then fp32 scales
+// [groups][64], then what the format has of: int32 zeros [groups][64]; fp32 minima [groups][64];
+// fp32 t[64] (kColumn). Or, where the kernel multiplies bf16, the value of each weight, rounded to
+// nearest even, as [k/2][64][2].
 //
-// Shapes  scratch holds k * 128 + groups * 256 bytes, 64-byte aligned.
+// Shapes  scratch holds k * 128 + groups * 512 + 256 bytes, 64-byte aligned.
 using ExpandFn = void (*)(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch);
 
 // Rows of one AMX tile, and the bytes of k in one of its rows.
@@ -75,8 +90,10 @@ struct RowPacking {
   const char* name;
   int value_bytes;  // of one packed value
   // Puts a row of k codes (int8 or the same + 128; bf16) at its place: chunk i of 64 bytes goes to
-  // packed + i * 1024. With value_bytes 2 and int8 codes, they become bf16, exactly.
-  void (*pack_row)(const uint8_t* codes, int32_t k, uint8_t* packed);
+  // packed + i * 1024. With value_bytes 2 and int8 codes, they become bf16: exactly if a_block is k,
+  // else each times its block's scale, rounded to nearest even. Others do not read the scales.
+  void (*pack_row)(const uint8_t* codes, int32_t k, const float* scales, int32_t a_block,
+                   uint8_t* packed);
 };
 
 // The tiles of the calling thread: every one of the eight 16 rows of 64 bytes.
@@ -121,7 +138,7 @@ struct RowwiseOps {
   //   else scale = amax / 127, inverse = 127 / amax,
   //        code[i] = round_to_nearest_even(x[i] * inverse).
   // codes[i] = code + offset as a byte (offset 0 or 128). group_sum[g] = sum of code over
-  // [g*group_size, (g+1)*group_size), the last group may be short; group_size a multiple of 32;
+  // [g*group_size, (g+1)*group_size), the last group may be short; group_size a multiple of 16;
   // null group_sum: not wanted. n a multiple of 64.
   void (*quantize)(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
                    int32_t group_size, int32_t* group_sum);

@@ -51,10 +51,10 @@ bool is_supported(IsaSet needed, IsaSet isa) { return (needed & ~isa) == 0; }
 std::deque<GemmKernel>& gemm_table() {
   static std::deque<GemmKernel> kernels = {
 #define KT_GEMM(symbol, isa, weight, activation, mr, m_from, expand) \
-  {#symbol, isa, DType::weight, DType::activation, mr, m_from, symbol, expand},
+  {#symbol, isa, WeightFormat::weight, DType::activation, mr, m_from, symbol, expand},
 #define KT_TILE_GEMM(symbol, isa, weight, activation, mr, m_from, expand, pack, groups) \
-  {#symbol, isa,    DType::weight,       DType::activation, mr,    m_from,              \
-   symbol,  expand, GemmSource::kNative, nullptr,           &pack, Groups::groups},
+  {#symbol, isa,    WeightFormat::weight, DType::activation, mr,    m_from,             \
+   symbol,  expand, GemmSource::kNative,  nullptr,           &pack, Groups::groups},
 #include "kernels/kernels.inc"
   };
   return kernels;
@@ -78,8 +78,8 @@ bool is_in_place(const GemmKernel& kernel) {
 
 // Whether a row may be chosen, but for what its check found.
 bool fits(const GemmKernel& kernel, const KernelRequest& request) {
-  return kernel.weight_dtype == request.weight_dtype && is_supported(kernel.isa, request.isa) &&
-         kernel.m_from > 0 && kernel.fits_groups(request.group_size) &&
+  return kernel.weights == request.weights && is_supported(kernel.isa, request.isa) &&
+         kernel.m_from > 0 && kernel.fits_groups(request.group_size, request.row_scales) &&
          (kernel.source == GemmSource::kNative || request.choice != GemmChoice::kNative) &&
          !(request.deterministic && kernel.rounds() && kernel.m_from > 1);
 }
@@ -108,7 +108,7 @@ void replace_slower_tiles(const KernelRequest& request, KernelSet& set) {
   const GemmKernel* slower = nullptr;
   const GemmKernel* foreign = nullptr;
   for (const GemmKernel& kernel : gemm_table()) {
-    if (kernel.weight_dtype != request.weight_dtype) continue;
+    if (kernel.weights != request.weights) continue;
     if (tile_verdict(kernel) == TileVerdict::kSlower && fits(kernel, request)) slower = &kernel;
     if (kernel.source == GemmSource::kOneDnn && is_supported(kernel.isa, request.isa))
       foreign = &kernel;
@@ -118,16 +118,20 @@ void replace_slower_tiles(const KernelRequest& request, KernelSet& set) {
   set.gemms.push_back({foreign, slower->m_from});
 }
 
+// Whether oneDNN has rows for such weights on some CPU.
+bool onednn_has(WeightFormat weights) {
+  return weights == WeightFormat::kInt8 || weights == WeightFormat::kBFloat16;
+}
+
 // oneDNN's row for these weights. They are the caller's wish, so a lack is an error.
-const GemmKernel* onednn_gemm(DType weight_dtype, IsaSet isa) {
+const GemmKernel* onednn_gemm(WeightFormat weights, IsaSet isa) {
   const GemmKernel* found = nullptr;
   for (const GemmKernel& kernel : gemm_table()) {
-    if (kernel.source == GemmSource::kOneDnn && kernel.weight_dtype == weight_dtype)
-      found = &kernel;
+    if (kernel.source == GemmSource::kOneDnn && kernel.weights == weights) found = &kernel;
   }
   KT_CHECK(found != nullptr,
            "KT_GEMM=\"onednn\" asks for oneDNN's kernel for "
-               << dtype_name(weight_dtype)
+               << format_name(weights)
                << " weights, but this torch offers none on this CPU: it takes avx512vnni for int8, "
                   "avx512bf16 for bf16, and no ONEDNN_MAX_CPU_ISA below them; give native or auto, "
                   "or unset it.");
@@ -141,11 +145,11 @@ const GemmKernel* onednn_gemm(DType weight_dtype, IsaSet isa) {
 }  // namespace
 
 bool GemmKernel::rounds() const {
-  return weight_dtype == DType::kBFloat16 || (packing != nullptr && packing->value_bytes == 2);
+  return takes_bf16_rows(weights) || (packing != nullptr && packing->value_bytes == 2);
 }
 
-bool GemmKernel::fits_groups(int group_size) const {
-  const bool wide = group_size == 0 || (group_size >= 128 && group_size % 64 == 0);
+bool GemmKernel::fits_groups(int group_size, bool row_scales) const {
+  const bool wide = row_scales && (group_size == 0 || (group_size >= 128 && group_size % 64 == 0));
   return groups == Groups::kAny || (groups == Groups::kWide) == wide;
 }
 
@@ -225,7 +229,7 @@ void register_gemm(const GemmKernel& kernel) {
   }
   KT_CHECK(kernel.source != GemmSource::kNative,
            "kernel " << kernel.name << " has the source kNative; write it into kernels.inc.");
-  KT_CHECK(kernel.weight_dtype != DType::kBFloat16 || kernel.m_from <= 1,
+  KT_CHECK(kernel.weights != WeightFormat::kBFloat16 || kernel.m_from <= 1,
            "kernel " << kernel.name << " is for bf16 from " << kernel.m_from
                      << " rows on; a bf16 row serves every m (m_from 1) or none (0).");
   KT_CHECK(gemm_table().size() < kMaxKernels,
@@ -250,7 +254,7 @@ Probes select_probes(DType multiplied, IsaSet isa) {
   };
   struct PeakRow {
     IsaSet isa;
-    DType weight_dtype;
+    DType multiplied;
     int64_t operations;
     PeakProbeFn peak;
     const char* name;
@@ -271,7 +275,7 @@ Probes select_probes(DType multiplied, IsaSet isa) {
   }
   const PeakRow* peak = nullptr;
   for (const PeakRow& row : peaks) {
-    if (row.weight_dtype != multiplied || !is_supported(row.isa, isa)) continue;
+    if (row.multiplied != multiplied || !is_supported(row.isa, isa)) continue;
     if (peak == nullptr || IsaRank(row.isa) > IsaRank(peak->isa)) peak = &row;
   }
   KT_CHECK(read != nullptr && peak != nullptr,
@@ -288,7 +292,7 @@ uint64_t Probes::run_peak(int64_t iterations) const {
 }
 
 KernelSet select_kernels(const KernelRequest& request) {
-  const DType weight_dtype = request.weight_dtype;
+  const WeightFormat weights = request.weights;
   KernelSet set;
   const RowwiseKernel* rowwise = nullptr;
   for (const RowwiseKernel& kernel : list_rowwise_kernels()) {
@@ -297,8 +301,8 @@ KernelSet select_kernels(const KernelRequest& request) {
   }
   set.rowwise = rowwise->ops;
 
-  if (request.choice == GemmChoice::kOneDnn && weight_dtype != DType::kInt4) {
-    const GemmKernel* const kernel = onednn_gemm(weight_dtype, request.isa);
+  if (request.choice == GemmChoice::kOneDnn && onednn_has(weights)) {
+    const GemmKernel* const kernel = onednn_gemm(weights, request.isa);
     set.a_dtype = kernel->a_dtype;
     set.gemms.push_back({kernel, 1});
     return set;
@@ -314,8 +318,9 @@ KernelSet select_kernels(const KernelRequest& request) {
       set.gemms.push_back({best, best->m_from});
   }
   KT_CHECK(!set.gemms.empty() && set.gemms.front().m_from == 1,
-           "no kernel multiplies " << dtype_name(weight_dtype)
-                                   << " weights; use int8, int4 or bf16 weights.");
+           "no kernel multiplies "
+               << format_name(weights)
+               << " weights here; kernels.inc lists the formats that have kernels.");
   replace_slower_tiles(request, set);
   set.a_dtype = set.gemms.front().kernel->a_dtype;
   for (const auto& [kernel, m_from] : set.gemms) {
@@ -332,7 +337,7 @@ KernelSet select_kernels(const KernelRequest& request) {
 std::string explain_kernels(const KernelRequest& request) {
   const KernelSet set = select_kernels(request);
   std::ostringstream text;
-  text << dtype_name(request.weight_dtype) << " on " << isa_tier(request.isa) << ":";
+  text << format_name(request.weights) << " on " << isa_tier(request.isa) << ":";
   for (const auto& [kernel, m_from] : set.gemms)
     text << " m>=" << m_from << " " << kernel->name << ",";
   text << " " << set.rowwise->name;

@@ -8,14 +8,16 @@
 
 #include "base/cpu_features.h"
 #include "base/dtype.h"
+#include "base/weight_format.h"
 #include "kernels/kernel.h"
 
 namespace kt {
 
-// The int4 group sizes a row is for.
+// The groups of weights a row is for.
 enum class Groups {
   kAny,
-  kWide,    // a whole row, or a multiple of 64 from 128 on: two products in tiles or more
+  kWide,    // beside rows of one scale: a whole row, or a multiple of 64 from 128 on, which is two
+            // products in tiles or more
   kNarrow,  // all others
 };
 
@@ -31,11 +33,11 @@ using PrepareFn = void (*)(int32_t k);
 // One row of kernels.inc, or one that register_gemm() added.
 struct GemmKernel {
   const char* name;
-  IsaSet isa;          // needs all of these
-  DType weight_dtype;  // kInt8, kInt4 or kBFloat16
-  DType a_dtype;       // kInt8, kUint8 (= int8 + 128) or kBFloat16
-  int mr;              // rows of its register tile
-  int m_from;          // chosen for experts with at least this many rows; 0: only on request
+  IsaSet isa;  // needs all of these
+  WeightFormat weights;
+  DType a_dtype;  // kInt8, kUint8 (= int8 + 128) or kBFloat16
+  int mr;         // rows of its register tile
+  int m_from;     // chosen for experts with at least this many rows; 0: only on request
   GemmFn gemm;
   ExpandFn expand;  // not null: the dispatcher expands each panel once and passes the scratch
   GemmSource source = GemmSource::kNative;
@@ -45,17 +47,23 @@ struct GemmKernel {
 
   // Whether it sums products of bf16: rounded in an order of its own.
   bool rounds() const;
-  // What it multiplies: kBFloat16 or kInt8, int4 as either.
+  // What it multiplies: kBFloat16 or kInt8; codes with groups as either.
   DType multiplied() const;
-  // Whether it may be given int4 in groups of so many; 0: a whole row.
-  bool fits_groups(int group_size) const;
+  // Whether it may be given groups of so many (0: a whole row) beside activations of one scale a
+  // row, or of one each block.
+  bool fits_groups(int group_size, bool row_scales) const;
 };
+
+// Bytes of the scratch that any ExpandFn may want for a panel.
+inline int64_t expanded_bytes(int64_t k, int64_t num_groups) {
+  return (2 * k + 8 * num_groups + 4) * kPanelColumns;
+}
 
 // The sources that select_kernels() may take rows from.
 enum class GemmChoice {
   kAuto,    // all, by m_from
   kNative,  // kernels.inc
-  kOneDnn,  // oneDNN's row for every m; int4, of which it has none, from kernels.inc
+  kOneDnn,  // oneDNN's row for every m; what it has none for (all but int8, bf16), from kernels.inc
 };
 
 // Applies a KT_GEMM value: auto, native or onednn; empty or null: auto.
@@ -71,10 +79,11 @@ bool deterministic_asked();
 
 // What kernels are wanted for.
 struct KernelRequest {
-  DType weight_dtype = DType::kInt8;
+  WeightFormat weights = WeightFormat::kInt8;
   IsaSet isa = kIsaReference;
   GemmChoice choice = gemm_choice();
-  int group_size = 0;  // of int4; 0: a whole row
+  int group_size = 0;      // 0: a whole row
+  bool row_scales = true;  // whether activations have one scale a row
   // No row whose bits depend on the rows beside it: bf16 sums of AVX-512 and of tiles differ, and
   // tiles are for experts of some rows only.
   bool deterministic = deterministic_asked();

@@ -98,8 +98,8 @@ void write_expert(const ExpertStore& store, WorkerPool& pool, const ExpertExport
       const IndexRange panels = store.node_panels(projection, worker.node);
       const IndexRange own = even_part(panels.size(), worker.index_in_node, worker.node_threads);
       for (int64_t p = panels.begin + own.begin; p < panels.begin + own.end; ++p) {
-        const int64_t k = is_w13 ? config.hidden_size : config.intermediate_size;
-        dequantize_panel(config.layout, k, store.panel(projection, request.expert, p), rows.get());
+        dequantize_panel(config.layout(projection), config.depth(projection),
+                         store.panel(projection, request.expert, p), rows.get());
         (is_w13 ? write_w13_rows : write_w2_rows)(config, request, p, rows.get());
       }
     }

@@ -66,18 +66,17 @@ bool ExpertStore::all_loaded() const {
 }
 
 int64_t ExpertStore::num_panels(Projection projection) const {
-  return projection == Projection::kW13 ? num_w13_panels(config_.intermediate_size)
-                                        : config_.layout.num_panels(config_.hidden_size);
+  return projection == Projection::kW13
+             ? num_w13_panels(config_.intermediate_size)
+             : config_.layout(projection).num_panels(config_.hidden_size);
 }
 
 int64_t ExpertStore::padded_k(Projection projection) const {
-  return config_.layout.padded_k(projection == Projection::kW13 ? config_.hidden_size
-                                                                : config_.intermediate_size);
+  return config_.layout(projection).padded_k(config_.depth(projection));
 }
 
 int64_t ExpertStore::panel_bytes(Projection projection) const {
-  return config_.layout.panel_bytes(projection == Projection::kW13 ? config_.hidden_size
-                                                                   : config_.intermediate_size);
+  return config_.layout(projection).panel_bytes(config_.depth(projection));
 }
 
 IndexRange ExpertStore::node_panels(Projection projection, int node) const {
@@ -149,7 +148,7 @@ void ExpertStore::load(const std::vector<Source>& sources) {
                                                 config_.intermediate_size, config_.hidden_size, p)
                                : matrix_panel_rows(source.down, source.dtype, config_.hidden_size,
                                                    config_.intermediate_size, p);
-    quantize_panel(config_.layout, rows, dst, nullptr);
+    quantize_panel(config_.layout(projection), rows, dst, nullptr);
   });
 }
 

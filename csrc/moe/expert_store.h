@@ -13,8 +13,6 @@
 
 namespace kt {
 
-enum class Projection { kW13 = 0, kW2 = 1 };
-
 // Every matrix is cut by its output columns in whole panels over the nodes of the pool, in
 // proportion to their threads: nothing is summed across nodes and every byte is stored once.
 //

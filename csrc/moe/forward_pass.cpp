@@ -61,7 +61,7 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
   }
 }
 
-ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
+ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const LayerKernels& kernels,
                          const Routing& routing, MoeScratch& scratch, const MoeInput& input,
                          std::vector<PanelReads>& reads)
     : store_(store),
@@ -79,11 +79,10 @@ ForwardPass::ForwardPass(const ExpertStore& store, WorkerPool& pool, const Kerne
   intermediate_ = reinterpret_cast<float*>(scratch.intermediate.reserve(
       num_rows * intermediate_stride_ * static_cast<int64_t>(sizeof(float))));
   if (!few_rows_) {
-    shared_tokens_ =
-        activations_at(scratch.tokens.reserve(activation_bytes(input.num_tokens, Projection::kW13)),
-                       input.num_tokens, Projection::kW13);
-    shared_rows_ = activations_at(scratch.rows.reserve(activation_bytes(num_rows, Projection::kW2)),
-                                  num_rows, Projection::kW2);
+    shared_tokens_ = rows_at(scratch.tokens.reserve(rows_bytes(input.num_tokens, Projection::kW13)),
+                             input.num_tokens, Projection::kW13);
+    shared_rows_ = rows_at(scratch.rows.reserve(rows_bytes(num_rows, Projection::kW2)), num_rows,
+                           Projection::kW2);
   }
   scratch.workers.resize(std::max<size_t>(scratch.workers.size(), pool.num_threads()));
 
@@ -137,31 +136,6 @@ void ForwardPass::run() {
   pool_.run({quantize_tokens, w13, quantize_rows, w2});
 }
 
-int64_t ForwardPass::activation_bytes(int64_t rows, Projection projection) const {
-  const PackedLayout& layout = store_.config().layout;
-  const int64_t k = store_.padded_k(projection);
-  const int64_t code_bytes = layout.code == DType::kBFloat16 ? 2 : 1;
-  return line_up(rows * k * code_bytes) + line_up(rows * static_cast<int64_t>(sizeof(float))) +
-         line_up(rows * layout.num_groups(k) * static_cast<int64_t>(sizeof(int32_t)));
-}
-
-ActivationRows ForwardPass::activations_at(uint8_t* base, int64_t rows,
-                                           Projection projection) const {
-  const PackedLayout& layout = store_.config().layout;
-  const int64_t k = store_.padded_k(projection);
-  ActivationRows out;
-  out.stride_bytes = k * (layout.code == DType::kBFloat16 ? 2 : 1);
-  out.codes = base;
-  base += line_up(rows * out.stride_bytes);
-  out.scale = reinterpret_cast<float*>(base);
-  base += line_up(rows * static_cast<int64_t>(sizeof(float)));
-  if (layout.code == DType::kInt4) {
-    out.group_sum = reinterpret_cast<int32_t*>(base);
-    out.group_sum_stride = layout.num_groups(k);
-  }
-  return out;
-}
-
 int64_t ForwardPass::panel_sums() const { return int64_t{input_.num_tokens} * kPanelColumns; }
 
 int64_t ForwardPass::panels_together() const {
@@ -171,20 +145,16 @@ int64_t ForwardPass::panels_together() const {
 }
 
 ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
-  const PackedLayout& layout = store_.config().layout;
   const int64_t k = std::max(store_.padded_k(Projection::kW13), store_.padded_k(Projection::kW2));
   const int64_t tile_bytes =
       int64_t{kRowBlock} * kPanelColumns * static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = line_up(k * static_cast<int64_t>(sizeof(float)));
-  const int64_t code_bytes_expanded = kernels_.packed_value_bytes() == 2 ? 2 : 1;
   const int64_t expanded_bytes =
-      layout.code == DType::kInt4
-          ? k * kPanelColumns * code_bytes_expanded + layout.num_groups(k) * kPanelColumns * 4
-          : 0;
+      std::max(expanded_panel_bytes(Projection::kW13), expanded_panel_bytes(Projection::kW2));
   const int64_t column_bytes =
       panels_together() * panel_sums() * static_cast<int64_t>(sizeof(float));
-  const int64_t token_bytes = few_rows_ ? activation_bytes(input_.num_tokens, Projection::kW13) : 0;
-  const int64_t code_bytes = few_rows_ ? activation_bytes(routing_.num_rows(), Projection::kW2) : 0;
+  const int64_t token_bytes = few_rows_ ? rows_bytes(input_.num_tokens, Projection::kW13) : 0;
+  const int64_t code_bytes = few_rows_ ? rows_bytes(routing_.num_rows(), Projection::kW2) : 0;
 
   const PoolPlan::Node& node = pool_.plan().nodes[worker.node];
   uint8_t* base = scratch_.workers[worker.index].reserve(
@@ -201,60 +171,85 @@ ForwardPass::WorkerBuffers ForwardPass::buffers(const Worker& worker) const {
   mine.columns = reinterpret_cast<float*>(base);
   base += column_bytes;
   if (few_rows_) {
-    mine.tokens = activations_at(base, input_.num_tokens, Projection::kW13);
-    mine.rows = activations_at(base + token_bytes, routing_.num_rows(), Projection::kW2);
+    mine.tokens = rows_at(base, input_.num_tokens, Projection::kW13);
+    mine.rows = rows_at(base + token_bytes, routing_.num_rows(), Projection::kW2);
   }
   return mine;
 }
 
-const GemmKernel& ForwardPass::kernel_of(int64_t expert_pos) const {
+const GemmKernel& ForwardPass::kernel_of(Projection projection, int64_t expert_pos) const {
   const int rows = routing_.offsets[expert_pos + 1] - routing_.offsets[expert_pos];
-  return few_rows_ ? kernels_.for_plain_rows(rows) : kernels_.for_rows(rows);
+  const KernelSet& kernels = kernels_.of(projection);
+  return few_rows_ ? kernels.for_plain_rows(rows) : kernels.for_rows(rows);
+}
+
+int64_t ForwardPass::expanded_panel_bytes(Projection projection) const {
+  const PackedLayout& layout = store_.config().layout(projection);
+  if (!has_groups(layout.format)) return 0;
+  const int64_t k = store_.padded_k(projection);
+  return expanded_bytes(k, layout.num_groups(k));
+}
+
+int64_t ForwardPass::rows_bytes(int64_t rows, Projection projection) const {
+  return activation_bytes(store_.config().layout(projection), store_.padded_k(projection), rows);
+}
+
+ActivationRows ForwardPass::rows_at(uint8_t* base, int64_t rows, Projection projection) const {
+  return activations_at(store_.config().layout(projection), store_.padded_k(projection), rows,
+                        base);
 }
 
 void ForwardPass::place_packed_rows() {
-  const int64_t value_bytes = kernels_.packed_value_bytes();
-  if (few_rows_ || value_bytes == 0) return;
-  std::vector<int64_t>& first_tile = scratch_.first_tile;
-  first_tile.assign(routing_.experts.size(), 0);
-  int64_t tiles = 0;
-  for (size_t i = 0; i < first_tile.size(); ++i) {
-    first_tile[i] = tiles;
-    if (kernel_of(i).packing == nullptr) continue;
-    tiles += ceil_div(routing_.offsets[i + 1] - routing_.offsets[i], kTileRows);
-  }
-  if (tiles == 0) return;
-  // as much as any routing of so many rows can take: else a batch of the same size might grow it
+  if (few_rows_) return;
   const int64_t rows = routing_.num_rows();
+  // as much as any routing of so many rows can take: else a batch of the same size might grow it
   const int64_t experts = std::min<int64_t>(store_.config().num_experts, rows);
   const int64_t most = rows / kTileRows + experts;
   GrowingBuffer* const buffers[] = {&scratch_.packed_tokens, &scratch_.packed_rows};
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
-    const int64_t row_bytes = store_.padded_k(projection) * value_bytes;
-    packed_[static_cast<int>(projection)] =
-        buffers[static_cast<int>(projection)]->reserve(most * kTileRows * row_bytes);
+    const int64_t value_bytes = kernels_.of(projection).packed_value_bytes();
+    if (value_bytes == 0) continue;
+    const int at = static_cast<int>(projection);
+    std::vector<int64_t>& first_tile = scratch_.first_tile[at];
+    first_tile.assign(routing_.experts.size(), 0);
+    int64_t tiles = 0;
+    for (size_t i = 0; i < first_tile.size(); ++i) {
+      first_tile[i] = tiles;
+      if (kernel_of(projection, i).packing == nullptr) continue;
+      tiles += ceil_div(routing_.offsets[i + 1] - routing_.offsets[i], kTileRows);
+    }
+    if (tiles == 0) continue;
+    packed_[at] =
+        buffers[at]->reserve(most * kTileRows * store_.padded_k(projection) * value_bytes);
   }
 }
 
 uint8_t* ForwardPass::packed_row(Projection projection, int64_t expert_pos, int64_t r) const {
   const int64_t row_bytes =
-      store_.padded_k(projection) * kernel_of(expert_pos).packing->value_bytes;
-  const int64_t first = scratch_.first_tile[expert_pos] * kTileRows;
+      store_.padded_k(projection) * kernel_of(projection, expert_pos).packing->value_bytes;
+  const int64_t first = scratch_.first_tile[static_cast<int>(projection)][expert_pos] * kTileRows;
   return packed_[static_cast<int>(projection)] +
          packed_row_offset(first + r - routing_.offsets[expert_pos], row_bytes);
 }
 
+void ForwardPass::pack_row(Projection projection, int64_t expert_pos, int64_t r, int64_t source,
+                           const ActivationRows& rows) const {
+  const RowPacking* const packing = kernel_of(projection, expert_pos).packing;
+  if (packing == nullptr) return;
+  const int64_t k = store_.padded_k(projection);
+  const int64_t block = store_.config().layout(projection).activation_block(k);
+  packing->pack_row(rows.codes + source * rows.stride_bytes, static_cast<int32_t>(k),
+                    rows.scale + source * rows.scale_stride, static_cast<int32_t>(block),
+                    packed_row(projection, expert_pos, r));
+}
+
 void ForwardPass::pack_tokens(IndexRange part) const {
   if (packed_[static_cast<int>(Projection::kW13)] == nullptr) return;
-  const int32_t k = static_cast<int32_t>(store_.padded_k(Projection::kW13));
   for (size_t i = 0; i < routing_.experts.size(); ++i) {
-    const RowPacking* const packing = kernel_of(i).packing;
-    if (packing == nullptr) continue;
     for (int64_t r = routing_.offsets[i]; r < routing_.offsets[i + 1]; ++r) {
       const int64_t token = routing_.token[r];
       if (token < part.begin || token >= part.end) continue;
-      packing->pack_row(shared_tokens_.codes + token * shared_tokens_.stride_bytes, k,
-                        packed_row(Projection::kW13, i, r));
+      pack_row(Projection::kW13, i, r, token, shared_tokens_);
     }
   }
 }
@@ -262,17 +257,14 @@ void ForwardPass::pack_tokens(IndexRange part) const {
 void ForwardPass::quantize_expert_row(int64_t expert_pos, int64_t r, int64_t source,
                                       float* row) const {
   quantize_intermediate(r, source, row, shared_rows_);
-  const RowPacking* const packing = kernel_of(expert_pos).packing;
-  if (packing == nullptr) return;
-  packing->pack_row(shared_rows_.codes + r * shared_rows_.stride_bytes,
-                    static_cast<int32_t>(store_.padded_k(Projection::kW2)),
-                    packed_row(Projection::kW2, expert_pos, r));
+  if (packed_[static_cast<int>(Projection::kW2)] == nullptr) return;
+  pack_row(Projection::kW2, expert_pos, r, r, shared_rows_);
 }
 
 void ForwardPass::quantize_token(int64_t token, float* row, const ActivationRows& out) const {
   const int32_t n = store_.config().hidden_size;
   const int32_t padded = static_cast<int32_t>(store_.padded_k(Projection::kW13));
-  const RowwiseOps& ops = *kernels_.rowwise;
+  const RowwiseOps& ops = kernels_.rowwise();
   const uint8_t* src = static_cast<const uint8_t*>(input_.hidden_states) +
                        token * n * (dtype_bits(input_.dtype) / 8);
   switch (input_.dtype) {
@@ -284,7 +276,7 @@ void ForwardPass::quantize_token(int64_t token, float* row, const ActivationRows
       break;
     default: std::memcpy(row, src, n * sizeof(float)); std::fill(row + n, row + padded, 0.0f);
   }
-  quantize_row(row, n, token, Projection::kW13, out);
+  quantize(row, token, Projection::kW13, out);
 }
 
 void ForwardPass::quantize_intermediate(int64_t row_idx, int64_t source, float* row,
@@ -292,25 +284,14 @@ void ForwardPass::quantize_intermediate(int64_t row_idx, int64_t source, float* 
   const int64_t n = store_.config().intermediate_size;
   std::memcpy(row, intermediate_ + source * intermediate_stride_, n * sizeof(float));
   std::fill(row + n, row + store_.padded_k(Projection::kW2), 0.0f);
-  quantize_row(row, n, row_idx, Projection::kW2, out);
+  quantize(row, row_idx, Projection::kW2, out);
 }
 
-void ForwardPass::quantize_row(float* row, int64_t k, int64_t row_idx, Projection projection,
-                               const ActivationRows& out) const {
-  const PackedLayout& layout = store_.config().layout;
-  const RowwiseOps& ops = *kernels_.rowwise;
-  const int32_t padded = static_cast<int32_t>(store_.padded_k(projection));
-  uint8_t* codes = out.codes + row_idx * out.stride_bytes;
-  if (layout.code == DType::kBFloat16) {
-    ops.store_bf16(row, reinterpret_cast<uint16_t*>(codes), padded);
-    return;
-  }
-  const int block = layout.rotation_block(k);
-  if (block > 0) ops.rotate(row, padded, block);
-  int32_t* group_sum =
-      out.group_sum == nullptr ? nullptr : out.group_sum + row_idx * out.group_sum_stride;
-  ops.quantize(row, padded, kernels_.a_dtype == DType::kUint8 ? 128 : 0, codes, out.scale + row_idx,
-               layout.effective_group_size(k), group_sum);
+void ForwardPass::quantize(float* row, int64_t row_idx, Projection projection,
+                           const ActivationRows& out) const {
+  const int32_t offset = kernels_.of(projection).a_dtype == DType::kUint8 ? 128 : 0;
+  quantize_row(kernels_.rowwise(), store_.config().layout(projection),
+               store_.config().depth(projection), offset, row, row_idx, out);
 }
 
 // Multiplies all rows of one expert by one panel, a block of rows at a time: consume(first row of
@@ -321,11 +302,14 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
                                  const WorkerBuffers& mine, Consume&& consume) const {
   const int32_t begin = routing_.offsets[expert_pos];
   const int32_t count = routing_.offsets[expert_pos + 1] - begin;
-  const GemmKernel& kernel = kernel_of(expert_pos);
+  const GemmKernel& kernel = kernel_of(projection, expert_pos);
+  const PackedLayout& layout = store_.config().layout(projection);
   if (kernel.packing != nullptr) require_tiles();
   GemmArgs args{};
   args.k = static_cast<int32_t>(store_.padded_k(projection));
-  args.group_size = store_.config().layout.effective_group_size(args.k);
+  args.group_size = layout.effective_group_size(args.k);
+  args.a_block = static_cast<int32_t>(layout.activation_block(args.k));
+  args.code_offset = format_info(layout.format).code_offset;
   args.panel = store_.panel(projection, routing_.experts[expert_pos], p);
   // the worker's own counter: no locked instruction
   std::atomic<uint64_t>& panels = mine.reads->panels[static_cast<int>(projection)];
@@ -336,6 +320,7 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   }
   args.a_stride_bytes = rows.stride_bytes;
   args.a_group_sum_stride = rows.group_sum_stride;
+  args.a_scale_stride = rows.scale_stride;
   args.c = mine.tile;
   args.c_stride = kPanelColumns;
   args.next_panel = next_panel;
@@ -350,7 +335,7 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
       args.a_group_sum = rows.group_sum;
     } else {
       args.a = rows.codes + first * rows.stride_bytes;
-      args.a_scale = rows.scale + first;
+      args.a_scale = rows.scale + first * rows.scale_stride;
       args.a_group_sum =
           rows.group_sum == nullptr ? nullptr : rows.group_sum + first * rows.group_sum_stride;
     }
@@ -400,9 +385,9 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
                                   p * (kPanelColumns / 2);
                      for (int32_t r = 0; r < count; ++r) {
                        const float* gate = tile + r * kPanelColumns;
-                       kernels_.rowwise->silu_and_mul(gate, gate + kPanelColumns / 2,
-                                                      out + r * intermediate_stride_,
-                                                      kPanelColumns / 2);
+                       kernels_.rowwise().silu_and_mul(gate, gate + kPanelColumns / 2,
+                                                       out + r * intermediate_stride_,
+                                                       kPanelColumns / 2);
                      }
                    });
     if (!is_whole || p + 1 < panels.end) return;
@@ -475,7 +460,7 @@ void ForwardPass::compute_w2_panels(IndexRange panels, const WorkerBuffers& mine
       multiply_panel(Projection::kW2, i, p, next, rows, mine,
                      [&](int32_t first, int32_t count, const float* tile) {
                        for (int32_t r = 0; r < count; ++r) {
-                         kernels_.rowwise->add_scaled(
+                         kernels_.rowwise().add_scaled(
                              tile + r * kPanelColumns, routing_.weight[first + r],
                              columns + int64_t{routing_.token[first + r]} * kPanelColumns,
                              kPanelColumns);
@@ -497,7 +482,7 @@ void ForwardPass::store_columns(float* columns, int64_t p) const {
     if (input_.addend != nullptr) {
       for (int32_t j = 0; j < n; ++j) sum[j] += input_.addend[at + j];
     }
-    store_values(*kernels_.rowwise, input_, sum, at, n);
+    store_values(kernels_.rowwise(), input_, sum, at, n);
   }
 }
 

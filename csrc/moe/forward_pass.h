@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "moe/activation_rows.h"
 #include "moe/moe_layer.h"
 #include "moe/moe_scratch.h"
 #include "moe/work_split.h"
@@ -15,15 +16,6 @@ namespace kt {
 // all of them itself instead of sharing the work and paying a barrier: 16384 values take about 8
 // us, less than one DeepSeek-V3 token waits for memory on any socket.
 constexpr int64_t kRedundantValues = 16384;
-
-// Activations as the GEMM kernels read them.
-struct ActivationRows {
-  uint8_t* codes = nullptr;  // [rows, padded k] int8, int8 + 128 or bf16
-  int64_t stride_bytes = 0;
-  float* scale = nullptr;        // [rows]; integer layouts
-  int32_t* group_sum = nullptr;  // [rows, groups]; int4
-  int64_t group_sum_stride = 0;
-};
 
 // Panels that one worker gave to kernels, by projection. A cache line each: counting disturbs no
 // other worker.
@@ -52,7 +44,7 @@ void store_addend(const RowwiseOps& ops, const MoeInput& input, int64_t hidden_s
 class ForwardPass {
  public:
   // reads [pool.num_threads()] are added to.
-  ForwardPass(const ExpertStore& store, WorkerPool& pool, const KernelSet& kernels,
+  ForwardPass(const ExpertStore& store, WorkerPool& pool, const LayerKernels& kernels,
               const Routing& routing, MoeScratch& scratch, const MoeInput& input,
               std::vector<PanelReads>& reads);
   void run();
@@ -62,7 +54,7 @@ class ForwardPass {
   struct WorkerBuffers {
     float* tile = nullptr;        // [kRowBlock, 64]
     float* row = nullptr;         // one fp32 row
-    uint8_t* expanded = nullptr;  // one expanded int4 panel
+    uint8_t* expanded = nullptr;  // one expanded panel
     float* columns = nullptr;     // [panels_together(), num_tokens, 64] sums of w2 panels
     ActivationRows tokens;        // few rows only
     ActivationRows rows;
@@ -72,15 +64,19 @@ class ForwardPass {
   int64_t panel_sums() const;  // of one w2 panel
   int64_t panels_together() const;
   WorkerBuffers buffers(const Worker& worker) const;
-  int64_t activation_bytes(int64_t rows, Projection projection) const;
-  ActivationRows activations_at(uint8_t* base, int64_t rows, Projection projection) const;
+  int64_t rows_bytes(int64_t rows, Projection projection) const;
+  ActivationRows rows_at(uint8_t* base, int64_t rows, Projection projection) const;
+  int64_t expanded_panel_bytes(Projection projection) const;
 
   // Gives every expert whose kernel works in tiles its place in the packed buffers, behind those
   // before it and rounded up to whole tiles. None with few rows: they take the other kernels.
   void place_packed_rows();
-  const GemmKernel& kernel_of(int64_t expert_pos) const;
+  const GemmKernel& kernel_of(Projection projection, int64_t expert_pos) const;
   // Where routing row r of the expert begins, as RowPacking::pack_row wants it.
   uint8_t* packed_row(Projection projection, int64_t expert_pos, int64_t r) const;
+  // Packs row `source` of `rows` as routing row r of the expert, if its kernel works in tiles.
+  void pack_row(Projection projection, int64_t expert_pos, int64_t r, int64_t source,
+                const ActivationRows& rows) const;
   // Packs every row of w13 whose token is in `part` of the quantized tokens.
   void pack_tokens(IndexRange part) const;
 
@@ -90,8 +86,8 @@ class ForwardPass {
   // Row `source` of the intermediate as row `row_idx` of `out`.
   void quantize_intermediate(int64_t row_idx, int64_t source, float* row,
                              const ActivationRows& out) const;
-  void quantize_row(float* row, int64_t k, int64_t row_idx, Projection projection,
-                    const ActivationRows& out) const;
+  void quantize(float* row, int64_t row_idx, Projection projection,
+                const ActivationRows& out) const;
 
   template <typename Consume>
   void multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
@@ -112,7 +108,7 @@ class ForwardPass {
 
   const ExpertStore& store_;
   WorkerPool& pool_;
-  const KernelSet& kernels_;
+  const LayerKernels& kernels_;
   const Routing& routing_;
   MoeScratch& scratch_;
   const MoeInput& input_;

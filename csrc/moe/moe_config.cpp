@@ -25,13 +25,13 @@ void check_moe_config(const MoeConfig& config) {
            "layer " << config.layer_idx << ": hidden_size " << config.hidden_size
                     << " and moe_intermediate_size " << config.intermediate_size
                     << " must be multiples of 16.");
-  if (config.layout.code != DType::kBFloat16) {
-    for (const int k : {config.hidden_size, config.intermediate_size}) {
-      KT_CHECK(config.layout.padded_k(k) <= kMaxIntegerK,
-               "layer " << config.layer_idx << ": size " << k
-                        << " overflows the 32-bit sums of the integer kernels; "
-                        << "the limit is " << kMaxIntegerK << ", use BF16.");
-    }
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    const PackedLayout& layout = config.layout(projection);
+    const int k = config.depth(projection);
+    KT_CHECK(takes_bf16_rows(layout.format) || layout.padded_k(k) <= kMaxIntegerK,
+             "layer " << config.layer_idx << ": size " << k
+                      << " overflows the 32-bit sums of the integer kernels; "
+                      << "the limit is " << kMaxIntegerK << ", use BF16.");
   }
   std::vector<char> placed(config.num_experts, 0);
   for (const auto* ids : {&config.expert_ids, &config.reserved_ids}) {

@@ -19,11 +19,9 @@ constexpr int kMaxPassRows = 32768;
 
 int64_t bytes_of(DType dtype) { return dtype_bits(dtype) / 8; }
 
-KernelRequest request_for(const PackedLayout& layout, IsaSet isa) {
+KernelRequest request_of(IsaSet isa) {
   KernelRequest request;
-  request.weight_dtype = layout.code;
   request.isa = isa;
-  request.group_size = layout.group_size;
   return request;
 }
 
@@ -55,7 +53,7 @@ MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<Mo
                    IsaSet isa)
     : isa_(isa),
       verdicts_(num_tile_verdicts()),
-      kernels_(select_kernels(request_for(config.layout, isa))),
+      kernels_(select_layer_kernels(config, request_of(isa))),
       store_(config, pool),
       pool_(pool),
       scratch_(std::move(scratch)),
@@ -64,40 +62,47 @@ MoeLayer::MoeLayer(const MoeConfig& config, WorkerPool& pool, std::shared_ptr<Mo
 MoeLayer::~MoeLayer() = default;
 
 bool MoeLayer::compiles_kernels() const {
-  return std::any_of(kernels_.gemms.begin(), kernels_.gemms.end(),
-                     [](const ChosenGemm& gemm) { return gemm.kernel->prepare != nullptr; });
+  const auto compiles = [](const ChosenGemm& gemm) { return gemm.kernel->prepare != nullptr; };
+  return std::any_of(std::begin(kernels_.sets), std::end(kernels_.sets), [&](const KernelSet& set) {
+    return std::any_of(set.gemms.begin(), set.gemms.end(), compiles);
+  });
 }
 
 void MoeLayer::prepare_kernels() {
   const auto prepare = [this](const Worker&) {
-    for (const auto& [kernel, m_from] : kernels_.gemms) {
-      if (kernel->prepare == nullptr) continue;
-      for (const Projection projection : {Projection::kW13, Projection::kW2})
+    for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+      for (const auto& [kernel, m_from] : kernels_.of(projection).gemms) {
+        if (kernel->prepare == nullptr) continue;
         kernel->prepare(static_cast<int32_t>(store_.padded_k(projection)));
+      }
     }
   };
   pool_.run({prepare});
 }
 
-DType MoeLayer::multiplied() const { return kernels_.gemms.back().kernel->multiplied(); }
+DType MoeLayer::multiplied() const {
+  return kernels_.of(Projection::kW13).gemms.back().kernel->multiplied();
+}
 
 void MoeLayer::select_again() {
   verdicts_ = num_tile_verdicts();
-  kernels_ = select_kernels(request_for(config().layout, isa_));
+  kernels_ = select_layer_kernels(config(), request_of(isa_));
   if (compiles_kernels()) prepare_kernels();
 }
 
 TileReport MoeLayer::check_tiles() {
-  const GemmKernel* const tiles = kernels_.tile_gemm();
-  if (tiles == nullptr || tile_verdict(*tiles) != TileVerdict::kUnchecked) return {};
+  const std::vector<const GemmKernel*> tiles = kernels_.tile_gemms();
+  const bool unchecked = std::any_of(tiles.begin(), tiles.end(), [](const GemmKernel* kernel) {
+    return tile_verdict(*kernel) == TileVerdict::kUnchecked;
+  });
+  if (!unchecked) return {};
   const std::vector<int>& here = config().expert_ids;
   const auto loaded =
       std::find_if(here.begin(), here.end(), [this](int expert) { return store_.loaded(expert); });
   if (loaded == here.end()) return {};
-  const TileReport report =
-      kt::check_tiles(store_, pool_, *scratch_, request_for(config().layout, isa_), *loaded);
+  const TileReport report = kt::check_tiles(store_, pool_, *scratch_, request_of(isa_), *loaded);
   if (report.verdict == TileVerdict::kUnchecked) return {};
-  set_tile_verdict(*tiles, report.verdict);
+  for (const GemmKernel* kernel : tiles) set_tile_verdict(*kernel, report.verdict);
   select_again();
   return report;
 }
@@ -167,7 +172,7 @@ uint64_t MoeLayer::compute_pass(const MoeInput& pass, uint64_t& weight_bytes) {
   for (const int expert : routing_.experts) check_expert(expert);
   if (verdicts_ != num_tile_verdicts()) select_again();
   if (routing_.num_rows() == 0) {
-    store_addend(*kernels_.rowwise, pass, config().hidden_size);
+    store_addend(kernels_.rowwise(), pass, config().hidden_size);
     return 0;
   }
   ForwardPass(store_, pool_, kernels_, routing_, *scratch_, pass, counters_->reads).run();
@@ -212,9 +217,7 @@ MoeCounters MoeLayer::counters() const {
   return copy;
 }
 
-std::string MoeLayer::explain() const {
-  return explain_kernels(request_for(config().layout, isa_));
-}
+std::string MoeLayer::explain() const { return explain_layer_kernels(config(), isa_); }
 
 std::shared_ptr<MoeScratch> make_moe_scratch() { return std::make_shared<MoeScratch>(); }
 

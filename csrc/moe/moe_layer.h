@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/registry.h"
 #include "moe/expert_store.h"
+#include "moe/layer_kernels.h"
 #include "moe/routing.h"
 #include "moe/tile_check.h"
 
@@ -98,8 +98,8 @@ class MoeLayer {
   void select_again();
 
   IsaSet isa_;
-  uint64_t verdicts_;  // at the selection
-  KernelSet kernels_;  // before the store: a choice that is refused allocates nothing
+  uint64_t verdicts_;     // at the selection
+  LayerKernels kernels_;  // before the store: a choice that is refused allocates nothing
   ExpertStore store_;
   WorkerPool& pool_;
   std::shared_ptr<MoeScratch> scratch_;

@@ -46,7 +46,7 @@ class MoeScratch {
   std::vector<std::unique_ptr<WorkSplit>> w2_splits;
   std::vector<int64_t> w13_costs;             // by expert of the pass: of one of its panels
   std::vector<IndexRange> whole_experts;      // by worker: see ForwardPass
-  std::vector<int64_t> first_tile;            // by expert of the pass: see ForwardPass
+  std::vector<int64_t> first_tile[2];         // by projection and expert of the pass: see there
   const std::vector<int64_t> w2_costs = {1};  // one item: a panel is of all experts
 
   void prepare_splits(int nodes) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <optional>
 #include <sstream>
 
 #include "base/cpu_features.h"
@@ -65,12 +66,12 @@ class ExpertRun {
           nullptr, routing_);
   }
 
-  const std::vector<float>& output(const KernelSet& kernels) {
+  const std::vector<float>& output(const LayerKernels& kernels) {
     ForwardPass(store_, pool_, kernels, routing_, scratch_, input_, reads_).run();
     return output_;
   }
 
-  double seconds(const KernelSet& kernels) {
+  double seconds(const LayerKernels& kernels) {
     const auto start = std::chrono::steady_clock::now();
     output(kernels);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -114,26 +115,28 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-KernelSet without(KernelRequest request, IsaSet features) {
+LayerKernels without(const MoeConfig& config, KernelRequest request, IsaSet features) {
   request.isa &= ~features;
   request.choice = GemmChoice::kNative;
-  return select_kernels(request);
+  return select_layer_kernels(config, request);
 }
 
-// oneDNN's row in place of ours, or no gemms where there is none or the choice is fixed.
-KernelSet onednn_set(const KernelRequest& request, const GemmKernel& tiles) {
+// oneDNN's row in place of ours, or nothing where there is none or the choice is fixed.
+std::optional<LayerKernels> onednn_set(const MoeConfig& config, const KernelRequest& request,
+                                       const GemmKernel& tiles) {
   const bool fixed = cpu_features().forced || request.choice != GemmChoice::kAuto ||
                      (request.deterministic && tiles.rounds());
-  KernelSet set;
-  if (fixed || request.weight_dtype == DType::kInt4) return set;
+  const WeightFormat weights = config.layouts[0].format;
+  if (fixed || !(config.layouts[0] == config.layouts[1])) return std::nullopt;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if (kernel.source != GemmSource::kOneDnn || kernel.weight_dtype != request.weight_dtype ||
+    if (kernel.source != GemmSource::kOneDnn || kernel.weights != weights ||
         (kernel.isa & ~request.isa) != 0)
       continue;
-    set = select_kernels(request);
-    set.gemms = {{&kernel, 1}};
+    LayerKernels kernels = select_layer_kernels(config, request);
+    for (KernelSet& set : kernels.sets) set.gemms = {{&kernel, 1}};
+    return kernels;
   }
-  return set;
+  return std::nullopt;
 }
 
 }  // namespace
@@ -167,11 +170,14 @@ TileReport judge_tiles(const GemmKernel& tiles, double difference, const char* o
 
 TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& scratch,
                        const KernelRequest& request, int expert) {
-  const KernelSet set = select_kernels(request);
-  const GemmKernel& tiles = *set.tile_gemm();
+  const MoeConfig& config = store.config();
+  const LayerKernels set = select_layer_kernels(config, request);
+  const std::vector<const GemmKernel*> in_tiles = set.tile_gemms();
+  // of two, the one that allows for rounding
+  const GemmKernel& tiles = in_tiles.back()->rounds() ? *in_tiles.back() : *in_tiles.front();
   ExpertRun run(store, pool, scratch, expert);
   const std::vector<float> ours = run.output(set);
-  const std::vector<float> scalar = run.output(without(request, ~IsaSet{0}));
+  const std::vector<float> scalar = run.output(without(config, request, ~IsaSet{0}));
   if (!tells(scalar)) {
     TileReport nothing;
     nothing.verdict = TileVerdict::kUnchecked;
@@ -179,16 +185,16 @@ TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& s
   }
   double difference = relative_difference(ours, scalar);
   const char* other = "the scalar kernels";
-  const double apart = relative_difference(ours, run.output(without(request, kAmx)));
+  const double apart = relative_difference(ours, run.output(without(config, request, kAmx)));
   if (apart > difference) {
     difference = apart;
     other = "the kernels without AMX";
   }
-  const KernelSet onednn = onednn_set(request, tiles);
+  const std::optional<LayerKernels> onednn = onednn_set(config, request, tiles);
   std::vector<double> tile_seconds, onednn_seconds;
-  for (int round = 0; round < kTimedRounds && !onednn.gemms.empty(); ++round) {
+  for (int round = 0; onednn.has_value() && round < kTimedRounds; ++round) {
     tile_seconds.push_back(run.seconds(set));
-    onednn_seconds.push_back(run.seconds(onednn));
+    onednn_seconds.push_back(run.seconds(*onednn));
   }
   if (onednn_seconds.empty()) return judge_tiles(tiles, difference, other, 0, 0);
   return judge_tiles(tiles, difference, other, median(tile_seconds), median(onednn_seconds));

@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "kernels/registry.h"
 #include "moe/expert_store.h"
+#include "moe/layer_kernels.h"
 
 namespace kt {
 
@@ -16,7 +16,7 @@ struct TileReport {
   std::string text;  // one or two sentences with the figures
 };
 
-// Runs some rows through `expert` by the kernels of `request`, by those of the same features
+// Runs some rows through `expert` by the kernels of `request` for its layouts, by those of the same features
 // without AMX, and by the scalar ones. The same bits are expected of integer sums; where bf16 is
 // multiplied, a difference of at most 1/32 of the result's length (tile_check.cpp).
 //

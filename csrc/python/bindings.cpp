@@ -8,6 +8,7 @@
 #include "engine/kernel_bench.h"
 #include "engine/probe.h"
 #include "kernels/registry.h"
+#include "moe/layer_kernels.h"
 #include "moe/moe_scratch.h"
 
 namespace py = pybind11;
@@ -41,8 +42,9 @@ py::dict readings_dict() {
   return out;
 }
 
-// The int4 group size of AMXINT4 (kt_kernel/methods.py).
-constexpr int kMethodGroup = 32;
+// Layouts of AMXINT8, AMXINT4 and BF16 (kt_kernel/methods.py).
+constexpr const char* kShownLayouts[] = {"int8_n64k4_r512_v1", "int4g32_n64k8_r512_v1",
+                                         "bf16_n64k2_v1"};
 
 // What cpu_features() and explain_kernels() would say on the CPU of the readings, without
 // KT_FORCE_ISA and KT_GEMM: `in` has the keys of readings_dict().
@@ -60,11 +62,11 @@ py::dict detected_dict(const py::dict& in) {
   readings.tile_errno = in["tile_errno"].cast<std::optional<int>>();
   const CpuFeatures features = choose_features(readings, nullptr);
   py::dict kernels;
-  for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
-    KernelRequest request{dtype, features.chosen, GemmChoice::kNative};
-    request.group_size = dtype == DType::kInt4 ? kMethodGroup : 0;
+  for (const char* layout : kShownLayouts) {
+    KernelRequest request = request_for(PackedLayout::parse(layout), features.chosen);
+    request.choice = GemmChoice::kNative;
     request.deterministic = false;
-    kernels[dtype_name(dtype)] = explain_kernels(request);
+    kernels[format_name(request.weights)] = explain_kernels(request);
   }
   py::dict out = dict_of(features);
   out["kernels"] = kernels;
@@ -79,7 +81,7 @@ py::list kernel_list() {
     row["name"] = kernel.name;
     row["op"] = "gemm";
     row["source"] = kernel.source == GemmSource::kNative ? "native" : "onednn";
-    row["weight"] = dtype_name(kernel.weight_dtype);
+    row["weight"] = format_name(kernel.weights);
     row["a"] = dtype_name(kernel.a_dtype);
     row["tier"] = isa_tier(kernel.isa);
     row["isa"] = isa_name(kernel.isa);
@@ -100,22 +102,35 @@ py::list kernel_list() {
   return out;
 }
 
-KernelRequest request_for(DType weight_dtype, int group_size) {
-  KernelRequest request{weight_dtype, cpu_features().chosen};
-  request.group_size = group_size;
-  return request;
+KernelSet kernels_of(const std::string& layout) {
+  return select_kernels(request_for(PackedLayout::parse(layout), cpu_features().chosen));
 }
 
-int packed_value_bytes_of(const std::string& name) {
+int packed_value_bytes_of(const std::string& layout) {
+  return kernels_of(layout).packed_value_bytes();
+}
+
+// What one panel takes expanded; 0: the layout's panels are never expanded.
+int64_t expanded_bytes_of(const std::string& name, int64_t k) {
   const PackedLayout layout = PackedLayout::parse(name);
-  return select_kernels(request_for(layout.code, layout.group_size)).packed_value_bytes();
+  if (!has_groups(layout.format)) return 0;
+  return expanded_bytes(layout.padded_k(k), layout.num_groups(k));
 }
 
-std::string explain_for(const std::string& weight_dtype, int group_size) {
-  for (const DType dtype : {DType::kInt8, DType::kInt4, DType::kBFloat16}) {
-    if (weight_dtype == dtype_name(dtype)) return explain_kernels(request_for(dtype, group_size));
+std::string explain_for(const std::string& layout) {
+  return explain_kernels(request_for(PackedLayout::parse(layout), cpu_features().chosen));
+}
+
+py::list format_list() {
+  py::list out;
+  for (const WeightFormatInfo& info : list_weight_formats()) {
+    py::dict row;
+    row["name"] = info.name;
+    row["bits"] = dtype_bits(info.code);
+    row["groups"] = has_groups(info.format);
+    out.append(row);
   }
-  KT_CHECK(false, "unknown weight dtype '" << weight_dtype << "'; it must be int8, int4 or bf16.");
+  return out;
 }
 
 py::dict topology_dict() {
@@ -151,6 +166,8 @@ py::dict layout_dict(const std::string& name, int64_t n, int64_t k) {
   out["num_groups"] = layout.num_groups(k);
   out["group_size"] = layout.effective_group_size(k);
   out["rotation_block"] = layout.rotation_block(k);
+  out["num_activation_blocks"] = layout.num_activation_blocks(k);
+  out["bf16_rows"] = takes_bf16_rows(layout.format);
   return out;
 }
 
@@ -191,7 +208,8 @@ class LayerHandle {
 
 std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, int layer_idx,
                                         int num_experts, int top_k, int hidden_size,
-                                        int intermediate_size, const std::string& layout,
+                                        int intermediate_size, const std::string& w13_layout,
+                                        const std::string& w2_layout,
                                         const std::vector<int>& expert_ids,
                                         const std::vector<int>& reserved_ids) {
   MoeConfig config;
@@ -200,7 +218,8 @@ std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, i
   config.top_k = top_k;
   config.hidden_size = hidden_size;
   config.intermediate_size = intermediate_size;
-  config.layout = PackedLayout::parse(layout);
+  config.layouts[0] = PackedLayout::parse(w13_layout);
+  config.layouts[1] = PackedLayout::parse(w2_layout);
   config.expert_ids = expert_ids;
   config.reserved_ids = reserved_ids;
   check_moe_config(config);
@@ -379,7 +398,8 @@ void bind_layer(py::module_& m) {
                           "One MoE layer: packed experts and the kernels chosen for them.")
       .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"),
            py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("layout"), py::arg("expert_ids"), py::arg("reserved_ids") = std::vector<int>{})
+           py::arg("w13_layout"), py::arg("w2_layout"), py::arg("expert_ids"),
+           py::arg("reserved_ids") = std::vector<int>{})
       .def_property_readonly("handle", &LayerHandle::handle)
       .def_property_readonly("bytes",
                              [](const LayerHandle& layer) { return layer.layer().store().bytes(); })
@@ -430,7 +450,9 @@ PYBIND11_MODULE(_ext, m) {
   m.def("cpu_readings", &kt::readings_dict);
   m.def("detect_features", &kt::detected_dict, py::arg("readings"));
   m.def("list_kernels", &kt::kernel_list);
-  m.def("explain_kernels", &kt::explain_for, py::arg("weight_dtype"), py::arg("group_size") = 0);
+  m.def("explain_kernels", &kt::explain_for, py::arg("layout"));
+  m.def("list_formats", &kt::format_list);
+  m.def("expanded_bytes", &kt::expanded_bytes_of, py::arg("layout"), py::arg("k"));
   m.def("packed_value_bytes", &kt::packed_value_bytes_of, py::arg("layout"));
   m.def("topology", &kt::topology_dict);
   m.def("layout_info", &kt::layout_dict, py::arg("layout"), py::arg("n"), py::arg("k"));

@@ -84,7 +84,7 @@ const uint8_t* check_packed(const at::Tensor& packed, const PackedLayout& layout
 at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_view layout_name,
                 int64_t k) {
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
-  const bool is_bf16 = layout.code == DType::kBFloat16;
+  const bool is_bf16 = layout.format == WeightFormat::kBFloat16;
   check_cpu(codes, "codes");
   check_matrix(is_bf16 ? codes : scales, is_bf16 ? "codes" : "scales");
   const at::ScalarType code_type = is_bf16 ? at::kBFloat16 : at::kChar;
@@ -116,7 +116,7 @@ Packed unpack(const at::Tensor& packed, c10::string_view layout_name, int64_t n,
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const int64_t panels = layout.num_panels(n);
   const uint8_t* bytes = check_packed(packed, layout, panels, k);
-  const bool is_bf16 = layout.code == DType::kBFloat16;
+  const bool is_bf16 = layout.format == WeightFormat::kBFloat16;
   at::Tensor codes =
       at::empty({panels * 64, layout.padded_k(k)}, is_bf16 ? at::kBFloat16 : at::kChar);
   at::Tensor scales = at::zeros({panels * 64, layout.num_groups(k)}, at::kFloat);

@@ -41,7 +41,7 @@ at::Tensor packed_rows(const RowPacking& packing, const GemmArgs& args) {
   const auto* const codes = static_cast<const uint8_t*>(args.a);
   for (int32_t i = 0; i < args.m; ++i) {
     const int64_t row = args.row_idx == nullptr ? i : args.row_idx[i];
-    packing.pack_row(codes + row * args.a_stride_bytes, args.k,
+    packing.pack_row(codes + row * args.a_stride_bytes, args.k, args.a_scale, args.k,
                      packed.mutable_data_ptr<uint8_t>() + packed_row_offset(i, row_bytes));
   }
   return packed;
@@ -55,8 +55,9 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
                     const std::optional<at::Tensor>& a_scale, const at::Tensor& panel,
                     at::Tensor c) {
   const GemmKernel& kernel = find_gemm(name);
-  KT_CHECK(kernel.weight_dtype != DType::kInt4,
-           kernel.name << " multiplies int4 weights; give a kernel of int8 or bf16 weights.");
+  KT_CHECK(
+      !has_groups(kernel.weights),
+      kernel.name << " multiplies weights with groups; give a kernel of int8 or bf16 weights.");
   KT_CHECK((kernel.isa & ~cpu_features().chosen) == 0,
            kernel.name << " needs " << isa_name(kernel.isa)
                        << ", but in use are: " << isa_name(cpu_features().chosen) << ".");
@@ -66,7 +67,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   KT_CHECK(a.dim() == 2 && c.dim() == 2, "a and c must be matrices.");
   const int64_t k = a.size(1);
   const int64_t m = c.size(0);
-  const PackedLayout layout{kernel.weight_dtype, 0, 0};
+  const PackedLayout layout{kernel.weights, 0, 0};
   KT_CHECK(a.stride(1) == 1 && layout.padded_k(k) == k && k <= kMaxIntegerK,
            "a has shape " << a.sizes() << "; it must be [rows, k], with columns side by side and k "
                           << "padded as its layout has it, at most " << kMaxIntegerK << ".");
@@ -91,7 +92,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
     args.row_idx = row_idx->const_data_ptr<int32_t>();
   }
   KT_CHECK(row_idx.has_value() || m <= a.size(0), "c has more rows than a; give row_idx.");
-  if (kernel.weight_dtype == DType::kInt8) {
+  if (kernel.weights == WeightFormat::kInt8) {
     KT_CHECK(a_scale.has_value(), kernel.name << " needs a_scale.");
     check_type(*a_scale, at::kFloat, "a_scale");
     check_shape(*a_scale, {a.size(0)}, "a_scale");
@@ -104,6 +105,7 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   args.m = static_cast<int32_t>(m);
   args.k = static_cast<int32_t>(k);
   args.group_size = args.k;
+  args.a_block = args.k;
   at::Tensor packed;
   if (kernel.packing != nullptr) {
     packed = packed_rows(*kernel.packing, args);

@@ -47,7 +47,7 @@ Counts counts() {
 Counts counts_of(const char* name, int group_size, int m, int k) {
   const GemmKernel& kernel = kernel_named(name);
   const Problem p =
-      make_problem(layout_of(kernel.weight_dtype, group_size), m, k, 64, false, Fill::kRandom, 1);
+      make_problem(layout_of(kernel.weights, group_size), m, k, 64, false, Fill::kRandom, 1);
   kt_amx_counters_reset();
   run_gemm(kernel, p);
   return counts();
@@ -169,7 +169,7 @@ MoeConfig layer_config(const char* layout) {
   config.top_k = 2;
   config.hidden_size = 192;
   config.intermediate_size = 160;
-  config.layout = PackedLayout::parse(layout);
+  config.set_layout(PackedLayout::parse(layout));
   config.expert_ids = {0, 1, 2};
   return config;
 }
@@ -296,7 +296,7 @@ TEST_F(AmxLayer, FindsAWrongKernel) {
   const std::string found = in_child([] {
     const GemmKernel& right = kernel_named(kInt8Row);
     set_tile_verdict(right, TileVerdict::kUnchecked);
-    register_gemm({"gemm_u8_int8_fp32_32x64x4_wrong", right.isa, right.weight_dtype, right.a_dtype,
+    register_gemm({"gemm_u8_int8_fp32_32x64x4_wrong", right.isa, right.weights, right.a_dtype,
                    right.mr, right.m_from + 1, multiply_all_but_the_last_row, nullptr,
                    GemmSource::kOneDnn, nullptr, right.packing});
     LayerOnTiles layer("int8_n64k4_r512_v1", cpu_features().chosen);
@@ -358,12 +358,12 @@ TEST(Deterministic, LeavesOutWhatRoundsByTheRowsBesideIt) {
     KernelRequest request{DType::kBFloat16, isa, GemmChoice::kNative};
     request.deterministic = deterministic;
     EXPECT_EQ(select_kernels(request).tile_gemm() == nullptr, deterministic);
-    request.weight_dtype = DType::kInt4;
+    request.weights = DType::kInt4;
     request.group_size = 64;
     EXPECT_EQ(select_kernels(request).tile_gemm() == nullptr, deterministic);
     request.group_size = 128;
     EXPECT_NE(select_kernels(request).tile_gemm(), nullptr);
-    request.weight_dtype = DType::kInt8;
+    request.weights = DType::kInt8;
     EXPECT_NE(select_kernels(request).tile_gemm(), nullptr);
   }
 }

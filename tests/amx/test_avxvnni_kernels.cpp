@@ -52,8 +52,7 @@ TEST_P(AvxVnniGemmTest, HoldsTheLargestSums) {
       const int m = group_size == 0 ? 2 : 7;
       SCOPED_TRACE(testing::Message()
                    << "fill " << static_cast<int>(fill) << " group " << group_size << " k " << k);
-      Problem p =
-          make_problem(layout_of(GetParam().weight_dtype, group_size), m, k, 64, false, fill, 3);
+      Problem p = make_problem(layout_of(GetParam().weights, group_size), m, k, 64, false, fill, 3);
       negate_odd_rows(&p);
       expect_correct(GetParam(), p);
       if (HasFatalFailure()) return;
@@ -63,14 +62,14 @@ TEST_P(AvxVnniGemmTest, HoldsTheLargestSums) {
 
 TEST_P(AvxVnniGemmTest, KeepsZeroNanAndSubnormalScales) {
   for (int group_size : group_sizes())
-    expect_correct(GetParam(), make_special_scales_problem(GetParam().weight_dtype, group_size));
+    expect_correct(GetParam(), make_special_scales_problem(GetParam().weights, group_size));
 }
 
 // No product is computed twice, and none by another instruction.
 TEST_P(AvxVnniGemmTest, MultipliesByVpdpbusdOnly) {
   for (const int m : {1, 2, 5, 13}) {
     const Problem p =
-        make_problem(layout_of(GetParam().weight_dtype, 64), m, 192, 64, true, Fill::kRandom, 29);
+        make_problem(layout_of(GetParam().weights, 64), m, 192, 64, true, Fill::kRandom, 29);
     kt_amx_counters_reset();
     run_gemm(GetParam(), p);
     const uint64_t needed = uint64_t{192} / 4 * 64 / 8 * m;

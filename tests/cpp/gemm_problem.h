@@ -89,14 +89,14 @@ inline void make_activations(Problem* problem, Fill fill, bool gather, RandomNum
 inline void make_panel(Problem* problem, Fill fill, int n, RandomNumbers& random) {
   Problem& p = *problem;
   p.panel.resize(p.layout.panel_bytes(p.k));
-  if (p.layout.code == DType::kBFloat16) {
+  if (p.layout.format == WeightFormat::kBFloat16) {
     p.w_bf16.assign(int64_t{kColumns} * p.k, 0);
     for (int64_t i = 0; i < int64_t{n} * p.k; ++i) p.w_bf16[i] = float_to_bf16(random.normal());
     pack_panel(p.layout, p.k, p.w_bf16.data(), nullptr, p.panel.data());
     return;
   }
-  const int low = p.layout.code == DType::kInt4 ? -8 : -127;
-  const int high = p.layout.code == DType::kInt4 ? 7 : 127;
+  const int low = p.layout.format == WeightFormat::kInt4 ? -8 : -127;
+  const int high = p.layout.format == WeightFormat::kInt4 ? 7 : 127;
   std::vector<int8_t> codes(int64_t{kColumns} * p.k, 0);
   std::vector<float> scales(int64_t{kColumns} * p.num_groups, 0.0f);
   for (int64_t i = 0; i < int64_t{n} * p.k; ++i) {
@@ -116,14 +116,14 @@ inline void make_panel(Problem* problem, Fill fill, int n, RandomNumbers& random
 
 // The group sizes that make a difference to a kernel and that it is for; 0 is the whole row.
 inline std::vector<int> group_sizes_of(const GemmKernel& kernel) {
-  if (kernel.weight_dtype != DType::kInt4) return {0};
+  if (kernel.weights != WeightFormat::kInt4) return {0};
   if (kernel.groups == Groups::kWide) return {128, 192, 0};
   if (kernel.groups == Groups::kNarrow) return {32, 64, 96};
   return {32, 64, 96, 128, 0};
 }
 
-inline PackedLayout layout_of(DType weight_dtype, int group_size) {
-  return {weight_dtype, weight_dtype == DType::kInt4 ? group_size : 0, 0};
+inline PackedLayout layout_of(WeightFormat weights, int group_size) {
+  return {weights, weights == WeightFormat::kInt4 ? group_size : 0, 0};
 }
 
 inline Problem make_problem(PackedLayout layout, int m, int k, int n, bool gather, Fill fill,
@@ -155,9 +155,8 @@ inline void negate_odd_rows(Problem* problem) {
 }
 
 // Seven rows under scales of zero, NaN, and from subnormal to large.
-inline Problem make_special_scales_problem(DType weight_dtype, int group_size) {
-  Problem p =
-      make_problem(layout_of(weight_dtype, group_size), 7, 192, 50, false, Fill::kRandom, 5);
+inline Problem make_special_scales_problem(WeightFormat weights, int group_size) {
+  Problem p = make_problem(layout_of(weights, group_size), 7, 192, 50, false, Fill::kRandom, 5);
   const float scales[] = {
       0.0f, std::numeric_limits<float>::quiet_NaN(), 0x1p-140f, 0x1p-120f, 1.0f, 0x1p100f, 3.0f};
   std::copy(std::begin(scales), std::end(scales), p.a_scale.begin());
@@ -204,7 +203,7 @@ inline std::vector<float> run_gemm(const GemmKernel& kernel, const Problem& p) {
   args.a_stride_bytes = int64_t{p.k} * (is_bf16 ? 2 : 1);
   args.row_idx = p.row_idx.empty() ? nullptr : p.row_idx.data();
   args.a_scale = is_bf16 ? nullptr : p.a_scale.data();
-  args.a_group_sum = p.layout.code == DType::kInt4 ? p.group_sum.data() : nullptr;
+  args.a_group_sum = p.layout.format == WeightFormat::kInt4 ? p.group_sum.data() : nullptr;
   args.a_group_sum_stride = p.num_groups;
   args.panel = panel;
   args.next_panel = p.k % 128 == 0 ? p.panel.data() : nullptr;
@@ -212,7 +211,7 @@ inline std::vector<float> run_gemm(const GemmKernel& kernel, const Problem& p) {
   args.c_stride = kStride;
   args.m = p.m;
   args.k = p.k;
-  args.group_size = p.layout.code == DType::kInt4 ? p.group_size : 0;
+  args.group_size = p.layout.format == WeightFormat::kInt4 ? p.group_size : 0;
   LineVector<uint8_t> packed;
   if (kernel.packing != nullptr) {
     packed = pack_rows(kernel, p, static_cast<const uint8_t*>(args.a), is_bf16 ? 2 : 1);
@@ -240,7 +239,7 @@ inline void expect_only_c_written(const std::vector<float>& c, int m) {
 }
 
 inline std::vector<float> reference_result(const Problem& p) {
-  return p.layout.code == DType::kInt8
+  return p.layout.format == WeightFormat::kInt8
              ? run_gemm(gemm_s8_int8_fp32_1x64x4_reference, DType::kInt8, p)
              : run_gemm(gemm_s8_int4_fp32_1x64x8_reference, DType::kInt8, p);
 }
@@ -267,7 +266,7 @@ inline float tile_dot(const std::vector<float>& a, const std::vector<float>& w) 
 
 // What a kernel that multiplies bf16 in tiles gives, bit for bit.
 inline std::vector<float> tile_result(const Problem& p) {
-  const bool is_int4 = p.layout.code == DType::kInt4;
+  const bool is_int4 = p.layout.format == WeightFormat::kInt4;
   std::vector<float> c(int64_t{std::max(p.m, 1)} * kStride, kUntouched);
   std::vector<float> a(p.k), w(p.k);
   for (int i = 0; i < p.m; ++i) {
@@ -303,7 +302,7 @@ inline void expect_matches_bf16(const Problem& p, const std::vector<float>& c) {
 inline void expect_correct(const GemmKernel& kernel, const Problem& p) {
   const std::vector<float> c = run_gemm(kernel, p);
   expect_only_c_written(c, p.m);
-  if (p.layout.code == DType::kBFloat16) expect_matches_bf16(p, c);
+  if (p.layout.format == WeightFormat::kBFloat16) expect_matches_bf16(p, c);
   if (kernel.rounds() && kernel.packing == nullptr) return;
   const std::vector<float> expected = kernel.rounds() ? tile_result(p) : reference_result(p);
   const int64_t at = first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size()));
@@ -322,8 +321,8 @@ inline void expect_correct_for_all_shapes(const GemmKernel& kernel) {
         const int n = seed % 3 == 0 ? 64 : 64 - static_cast<int>(seed % 61);
         SCOPED_TRACE(testing::Message() << "m " << m << " k " << k << " n " << n << " group "
                                         << group_size << (gather ? " gathered" : ""));
-        expect_correct(kernel, make_problem(layout_of(kernel.weight_dtype, group_size), m, k, n,
-                                            gather, Fill::kRandom, seed));
+        expect_correct(kernel, make_problem(layout_of(kernel.weights, group_size), m, k, n, gather,
+                                            Fill::kRandom, seed));
         if (testing::Test::HasFatalFailure()) return;
       }
     }

@@ -229,7 +229,7 @@ std::shared_ptr<EngineLayer> make_layer(const std::shared_ptr<Engine>& engine, i
   config.top_k = kTopK;
   config.hidden_size = hidden;
   config.intermediate_size = 32;
-  config.layout = PackedLayout::parse("int8_n64k4_r512_v1");
+  config.set_layout(PackedLayout::parse("int8_n64k4_r512_v1"));
   for (int e = 0; e < kExperts; ++e) config.expert_ids.push_back(e);
   auto layer = std::make_shared<EngineLayer>(engine, config);
   std::mt19937 random(layer_idx);

@@ -32,7 +32,7 @@ MoeConfig small_config() {
   config.top_k = 2;
   config.hidden_size = 128;
   config.intermediate_size = 64;
-  config.layout = PackedLayout::parse("int8_n64k4_r512_v1");
+  config.set_layout(PackedLayout::parse("int8_n64k4_r512_v1"));
   config.expert_ids = {0, 1, 2, 3};
   return config;
 }

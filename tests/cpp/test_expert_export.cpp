@@ -33,7 +33,7 @@ MoeConfig config_of(const std::string& layout, int hidden, int intermediate) {
   config.top_k = 1;
   config.hidden_size = hidden;
   config.intermediate_size = intermediate;
-  config.layout = PackedLayout::parse(layout);
+  config.set_layout(PackedLayout::parse(layout));
   config.expert_ids = {0, 1, 2};
   return config;
 }
@@ -98,12 +98,12 @@ std::string message_of(const std::function<void()>& body) {
 std::vector<uint16_t> packed_value(const MoeConfig& config, const std::vector<uint16_t>& bits,
                                    int64_t n, int64_t k) {
   std::vector<uint16_t> value;
-  std::vector<uint8_t> panel(config.layout.panel_bytes(k));
+  std::vector<uint8_t> panel(config.layouts[0].panel_bytes(k));
   std::vector<float> rows(64 * k);
-  for (int64_t p = 0; p < config.layout.num_panels(n); ++p) {
-    quantize_panel(config.layout, matrix_panel_rows(bits.data(), DType::kBFloat16, n, k, p),
+  for (int64_t p = 0; p < config.layouts[0].num_panels(n); ++p) {
+    quantize_panel(config.layouts[0], matrix_panel_rows(bits.data(), DType::kBFloat16, n, k, p),
                    panel.data(), nullptr);
-    dequantize_panel(config.layout, k, panel.data(), rows.data());
+    dequantize_panel(config.layouts[0], k, panel.data(), rows.data());
     const int64_t count = std::min<int64_t>(64, n - 64 * p);
     for (int64_t i = 0; i < count * k; ++i) value.push_back(float_to_bf16(rows[i]));
   }
@@ -129,7 +129,7 @@ TEST_P(ExpertExportTest, EveryRankGetsItsRowsAndColumns) {
   const auto gate = packed_value(config, weights.matrix[3 * expert], intermediate, hidden);
   const auto up = packed_value(config, weights.matrix[3 * expert + 1], intermediate, hidden);
   const auto down = packed_value(config, weights.matrix[3 * expert + 2], hidden, intermediate);
-  if (config.layout.code == DType::kBFloat16) {
+  if (config.layouts[0].format == WeightFormat::kBFloat16) {
     ASSERT_EQ(gate, weights.matrix[3 * expert]);
   }
   const int64_t cut = intermediate / num_ranks;

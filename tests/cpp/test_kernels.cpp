@@ -41,8 +41,8 @@ TEST_P(GemmTest, AgreesWithTheReferenceForAllShapes) { expect_correct_for_all_sh
 
 TEST_P(GemmTest, GivesARowTheSameBitsAmongAnyRows) {
   for (int group_size : group_sizes()) {
-    const Problem all = make_problem(layout_of(GetParam().weight_dtype, group_size), 64, 576, 64,
-                                     false, Fill::kRandom, 7);
+    const Problem all = make_problem(layout_of(GetParam().weights, group_size), 64, 576, 64, false,
+                                     Fill::kRandom, 7);
     const std::vector<float> expected = run_gemm(GetParam(), all);
     for (int m : kRowCounts) {
       Problem some = all;
@@ -64,8 +64,7 @@ TEST_P(IntegerGemmTest, HoldsTheLargestSums) {
       const int k = group_size == 0 ? kMaxIntegerK : 8192;
       SCOPED_TRACE(testing::Message()
                    << "fill " << static_cast<int>(fill) << " group " << group_size << " k " << k);
-      Problem p =
-          make_problem(layout_of(GetParam().weight_dtype, group_size), 7, k, 64, false, fill, 3);
+      Problem p = make_problem(layout_of(GetParam().weights, group_size), 7, k, 64, false, fill, 3);
       expect_correct(GetParam(), p);
       negate_odd_rows(&p);
       expect_correct(GetParam(), p);
@@ -76,7 +75,7 @@ TEST_P(IntegerGemmTest, HoldsTheLargestSums) {
 
 TEST_P(IntegerGemmTest, KeepsZeroNanAndSubnormalScales) {
   for (int group_size : group_sizes()) {
-    const Problem p = make_special_scales_problem(GetParam().weight_dtype, group_size);
+    const Problem p = make_special_scales_problem(GetParam().weights, group_size);
     expect_correct(GetParam(), p);
     const std::vector<float> c = run_gemm(GetParam(), p);
     for (int j = 0; j < kColumns; ++j) {
@@ -115,7 +114,7 @@ TEST_P(Bf16GemmTest, TakesSubnormalBf16WithinTheTolerance) {
 std::vector<GemmKernel> rows_with_bf16_weights(bool is_bf16) {
   std::vector<GemmKernel> rows;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
-    if ((kernel.weight_dtype == DType::kBFloat16) == is_bf16) rows.push_back(kernel);
+    if ((kernel.weights == WeightFormat::kBFloat16) == is_bf16) rows.push_back(kernel);
   }
   return rows;
 }
@@ -186,7 +185,7 @@ TEST(Registry, NamesSayWhatTheRowsAre) {
     EXPECT_TRUE(names.insert(name).second) << name << " is there twice";
     EXPECT_EQ(part[1] == "bf16", kernel.a_dtype == DType::kBFloat16) << name;
     EXPECT_EQ(part[1] == "u8", kernel.a_dtype == DType::kUint8) << name;
-    EXPECT_EQ(part[2].str().substr(0, 4), std::string(dtype_name(kernel.weight_dtype)).substr(0, 4))
+    EXPECT_EQ(part[2].str().substr(0, 4), std::string(format_name(kernel.weights)).substr(0, 4))
         << name;
     EXPECT_EQ(part[2] == "int4x" || part[2] == "int4b", kernel.expand != nullptr) << name;
     EXPECT_EQ(part[4].str().starts_with("amx"), kernel.packing != nullptr) << name;
@@ -197,16 +196,16 @@ TEST(Registry, NamesSayWhatTheRowsAre) {
 }
 
 TEST(Registry, ChoosesSupportedRowsForEveryFeatureSet) {
-  for (DType weight_dtype : kWeightDTypes) {
+  for (WeightFormat weights : kWeightDTypes) {
     for (IsaSet isa = 0; isa < 2 * kIsaAmxBf16; ++isa) {
-      const KernelSet set = select_kernels({weight_dtype, isa});
+      const KernelSet set = select_kernels({weights, isa});
       ASSERT_FALSE(set.gemms.empty());
       ASSERT_EQ(set.gemms.front().m_from, 1);
       for (size_t i = 0; i < set.gemms.size(); ++i) {
         const GemmKernel& kernel = *set.gemms[i].kernel;
         EXPECT_EQ(kernel.isa & ~isa, 0u) << kernel.name << " on " << isa_name(isa);
         EXPECT_EQ(kernel.a_dtype, set.a_dtype) << kernel.name << " on " << isa_name(isa);
-        EXPECT_EQ(kernel.weight_dtype, weight_dtype);
+        EXPECT_EQ(kernel.weights, weights);
         const int previous = i > 0 ? set.gemms[i - 1].m_from : 0;
         EXPECT_GT(kernel.m_from, previous) << isa_name(isa);
         EXPECT_EQ(&set.for_rows(kernel.m_from), &kernel);
@@ -219,16 +218,17 @@ TEST(Registry, ChoosesSupportedRowsForEveryFeatureSet) {
 }
 
 TEST(Registry, PrefersTheHighestFeatures) {
-  for (DType weight_dtype : kWeightDTypes) {
-    for (const auto& [kernel, m_from] : select_kernels({weight_dtype, kIsaReference}).gemms) {
+  for (WeightFormat weights : kWeightDTypes) {
+    for (const auto& [kernel, m_from] : select_kernels({weights, kIsaReference}).gemms) {
       EXPECT_EQ(kernel->isa, kIsaReference) << kernel->name;
     }
     const IsaSet avxvnni = kIsaAvx2 | kIsaAvxVnni;
-    for (const auto& [kernel, m_from] : select_kernels({weight_dtype, avxvnni}).gemms) {
-      EXPECT_EQ(kernel->isa, weight_dtype == DType::kBFloat16 ? kIsaAvx2 : avxvnni) << kernel->name;
+    for (const auto& [kernel, m_from] : select_kernels({weights, avxvnni}).gemms) {
+      EXPECT_EQ(kernel->isa, weights == WeightFormat::kBFloat16 ? kIsaAvx2 : avxvnni)
+          << kernel->name;
     }
     for (const auto& [kernel, m_from] :
-         select_kernels({weight_dtype, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512}).gemms) {
+         select_kernels({weights, kIsaAvx2 | kIsaAvxVnni | kIsaAvx512}).gemms) {
       EXPECT_EQ(kernel->isa & kIsaAvx512, kIsaAvx512) << kernel->name;
     }
   }
@@ -248,12 +248,11 @@ TEST(Registry, RefusesWeightsWithoutAKernel) {
 }
 
 TEST(Registry, ExplainsWhatItChose) {
-  for (DType weight_dtype : kWeightDTypes) {
-    const std::string text = explain_kernels({weight_dtype, cpu_features().chosen});
-    EXPECT_NE(text.find(dtype_name(weight_dtype)), std::string::npos) << text;
+  for (WeightFormat weights : kWeightDTypes) {
+    const std::string text = explain_kernels({weights, cpu_features().chosen});
+    EXPECT_NE(text.find(format_name(weights)), std::string::npos) << text;
     EXPECT_NE(text.find(cpu_features().tier), std::string::npos) << text;
-    for (const auto& [kernel, m_from] :
-         select_kernels({weight_dtype, cpu_features().chosen}).gemms) {
+    for (const auto& [kernel, m_from] : select_kernels({weights, cpu_features().chosen}).gemms) {
       EXPECT_NE(text.find(kernel->name), std::string::npos) << text;
     }
   }
@@ -262,13 +261,12 @@ TEST(Registry, ExplainsWhatItChose) {
 // The rows of one method share their bits, so an expert's result does not depend on how many tokens
 // it got.
 TEST(Registry, TheRowsOfOneMethodGiveTheSameBits) {
-  for (DType weight_dtype : kWeightDTypes) {
-    KernelRequest request{weight_dtype, cpu_features().chosen};
-    request.group_size = weight_dtype == DType::kInt4 ? 64 : 0;
+  for (WeightFormat weights : kWeightDTypes) {
+    KernelRequest request{weights, cpu_features().chosen};
+    request.group_size = weights == WeightFormat::kInt4 ? 64 : 0;
     request.deterministic = true;
     const KernelSet set = select_kernels(request);
-    const Problem p =
-        make_problem(layout_of(weight_dtype, 64), 13, 576, 64, true, Fill::kRandom, 23);
+    const Problem p = make_problem(layout_of(weights, 64), 13, 576, 64, true, Fill::kRandom, 23);
     const std::vector<float> expected = run_gemm(*set.gemms[0].kernel, p);
     for (const auto& [kernel, m_from] : set.gemms) {
       const std::vector<float> c = run_gemm(*kernel, p);

@@ -85,7 +85,7 @@ MoeConfig config_of(const std::string& layout, int hidden, int intermediate, int
   config.top_k = top_k;
   config.hidden_size = hidden;
   config.intermediate_size = intermediate;
-  config.layout = PackedLayout::parse(layout);
+  config.set_layout(PackedLayout::parse(layout));
   for (int e = 0; e < experts; ++e) config.expert_ids.push_back(e);
   return config;
 }

@@ -42,10 +42,11 @@ TEST(PackedLayoutName, ParsesAndPrintsTheSame) {
 }
 
 TEST(PackedLayoutName, GivesTheFields) {
-  EXPECT_EQ(PackedLayout::parse("int8_n64k4_r512_v1"), (PackedLayout{DType::kInt8, 0, 512}));
-  EXPECT_EQ(PackedLayout::parse("int4g32_n64k8_r512_v1"), (PackedLayout{DType::kInt4, 32, 512}));
-  EXPECT_EQ(PackedLayout::parse("int4_n64k8_v1"), (PackedLayout{DType::kInt4, 0, 0}));
-  EXPECT_EQ(PackedLayout::parse("bf16_n64k2_v1"), (PackedLayout{DType::kBFloat16, 0, 0}));
+  EXPECT_EQ(PackedLayout::parse("int8_n64k4_r512_v1"), (PackedLayout{WeightFormat::kInt8, 0, 512}));
+  EXPECT_EQ(PackedLayout::parse("int4g32_n64k8_r512_v1"),
+            (PackedLayout{WeightFormat::kInt4, 32, 512}));
+  EXPECT_EQ(PackedLayout::parse("int4_n64k8_v1"), (PackedLayout{WeightFormat::kInt4, 0, 0}));
+  EXPECT_EQ(PackedLayout::parse("bf16_n64k2_v1"), (PackedLayout{WeightFormat::kBFloat16, 0, 0}));
 }
 
 TEST(PackedLayoutName, RefusesWhatItDoesNotPrint) {
@@ -86,9 +87,9 @@ TEST(PackedLayoutName, RefusalNamesTheStringTheFaultAndTheKnownForms) {
 }
 
 TEST(PackedLayoutName, RefusesToPrintWhatCannotBe) {
-  EXPECT_THROW((PackedLayout{DType::kInt8, 32, 0}.name()), Error);
-  EXPECT_THROW((PackedLayout{DType::kBFloat16, 0, 64}.name()), Error);
-  EXPECT_THROW((PackedLayout{DType::kFloat32, 0, 0}.name()), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kInt8, 32, 0}.name()), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kBFloat16, 0, 64}.name()), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kFloat32, 0, 0}.name()), Error);
 }
 
 TEST(PackedLayoutSize, PadsToWholeStepsAndPanels) {
@@ -119,7 +120,7 @@ TEST(PackedLayoutSize, CountsBytesOfCodesScalesAndCompensation) {
   EXPECT_EQ(PackedLayout::parse("int4g128_n64k8_v1").panel_bytes(576), 18432 + 5 * 128);
   EXPECT_EQ(PackedLayout::parse("int4_n64k8_v1").panel_bytes(576), 18432 + 128);
   EXPECT_EQ(PackedLayout::parse("bf16_n64k2_v1").panel_bytes(576), 64 * 576 * 2);
-  EXPECT_THROW((PackedLayout{DType::kFloat16, 0, 0}.panel_bytes(64)), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kFloat16, 0, 0}.panel_bytes(64)), Error);
 }
 
 TEST(PackedLayoutSize, PanelsAreWholeLines) {
@@ -249,8 +250,9 @@ TEST(PackPanel, RoundTripsEveryCode) {
                            "int4g96_n64k8_r512_v1", "int4_n64k8_v1"}) {
     const PackedLayout layout = PackedLayout::parse(name);
     for (int64_t k : {1, 64, 200, 576, 1030}) {
-      const int bound = layout.code == DType::kInt8 ? 127 : 7;
-      std::uniform_int_distribution<int> draw(layout.code == DType::kInt8 ? -127 : -8, bound);
+      const int bound = layout.format == WeightFormat::kInt8 ? 127 : 7;
+      std::uniform_int_distribution<int> draw(layout.format == WeightFormat::kInt8 ? -127 : -8,
+                                              bound);
       std::vector<int8_t> codes(kColumns * layout.padded_k(k));
       std::vector<float> scales(kColumns * layout.num_groups(k));
       for (int8_t& code : codes) code = static_cast<int8_t>(draw(generator));

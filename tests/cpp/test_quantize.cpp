@@ -220,9 +220,9 @@ TEST(QuantizePanel, ReportedErrorIsThatOfTheValues) {
     EXPECT_NEAR(error.error, squares, 1e-4 * squares) << name;
     EXPECT_NEAR(error.signal, signal, 1e-5 * signal) << name;
     const double relative = std::sqrt(error.error / error.signal);
-    EXPECT_LT(relative, layout.code == DType::kInt4   ? 0.12
-                        : layout.code == DType::kInt8 ? 0.012
-                                                      : 0.002)
+    EXPECT_LT(relative, layout.format == WeightFormat::kInt4   ? 0.12
+                        : layout.format == WeightFormat::kInt8 ? 0.012
+                                                               : 0.002)
         << name;
     EXPECT_GT(relative, 1e-4) << name;
   }
@@ -289,7 +289,7 @@ TEST(QuantizePanel, PadsWithZeros) {
           ASSERT_EQ(packed.codes[row * padded_k + i], 0) << name;
         for (int64_t g = 0; g < groups; ++g)
           ASSERT_EQ(packed.scales[row * groups + g], 0.0f) << name;
-        if (layout.code == DType::kInt8) {
+        if (layout.format == WeightFormat::kInt8) {
           ASSERT_EQ(read_at<int32_t>(panel, padded_k * 64 + row * 4), 0);
         }
       }

@@ -14,18 +14,11 @@ void multiply_nothing(const GemmArgs&) {}
 
 constexpr IsaSet kVnni = kIsaAvx2 | kIsaAvx512 | kIsaAvx512Vnni;
 
-GemmKernel foreign_row(const char* name, DType weight_dtype, int m_from) {
-  const DType a_dtype = weight_dtype == DType::kInt8 ? DType::kUint8 : DType::kBFloat16;
-  return {name,
-          kVnni,
-          weight_dtype,
-          a_dtype,
-          32,
-          m_from,
-          multiply_nothing,
-          nullptr,
-          GemmSource::kOneDnn,
-          nullptr};
+GemmKernel foreign_row(const char* name, WeightFormat weights, int m_from) {
+  const DType a_dtype = weights == WeightFormat::kInt8 ? DType::kUint8 : DType::kBFloat16;
+  return {
+      name,   kVnni, weights, a_dtype, 32, m_from, multiply_nothing, nullptr, GemmSource::kOneDnn,
+      nullptr};
 }
 
 std::string error_of(const std::function<void()>& body) {

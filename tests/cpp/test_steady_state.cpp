@@ -61,7 +61,7 @@ MoeConfig config_of(const char* layout) {
   config.top_k = kTopK;
   config.hidden_size = kHidden;
   config.intermediate_size = kIntermediate;
-  config.layout = PackedLayout::parse(layout);
+  config.set_layout(PackedLayout::parse(layout));
   for (int e = 0; e < kExperts; ++e) config.expert_ids.push_back(e);
   return config;
 }

@@ -40,17 +40,21 @@ inline void expand_line(__m512i codes, __m512 scale, uint8_t* scratch) {
   _mm512_store_si512(scratch + 3 * kStepBytes, pairs_of(high[2], high[3]));
 }
 
-void pack_row(const uint8_t* codes, int32_t k, uint8_t* packed) {
+void pack_row(const uint8_t* codes, int32_t k, const float* scales, int32_t a_block,
+              uint8_t* packed) {
   for (int32_t at = 0; at < k; at += 32, packed += kTileRows * kTileBytes) {
     const auto* const source = reinterpret_cast<const __m128i*>(codes + at);
+    // times 1 where the row has one scale, which is left to the end
+    const __m512 scale = _mm512_set1_ps(a_block < k ? scales[at / a_block] : 1.0f);
     const auto value = [&](int i) {
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(source + i)));
+      const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(source + i));
+      return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), scale);
     };
     _mm512_storeu_si512(packed, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value(1), value(0))));
   }
 }
 
-void pack_bytes(const uint8_t* codes, int32_t k, uint8_t* packed) {
+void pack_bytes(const uint8_t* codes, int32_t k, const float*, int32_t, uint8_t* packed) {
   for (int32_t at = 0; at < 2 * k; at += kTileBytes, packed += kTileRows * kTileBytes)
     _mm512_storeu_si512(packed, _mm512_loadu_si512(codes + at));
 }

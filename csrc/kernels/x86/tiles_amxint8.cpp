@@ -34,7 +34,7 @@ void configure() {
 
 void release() { asm volatile("tilerelease"); }
 
-void pack_bytes(const uint8_t* codes, int32_t k, uint8_t* packed) {
+void pack_bytes(const uint8_t* codes, int32_t k, const float*, int32_t, uint8_t* packed) {
   for (int32_t at = 0; at < k; at += kTileBytes, packed += kTileRows * kTileBytes)
     _mm512_storeu_si512(packed, _mm512_loadu_si512(codes + at));
 }
