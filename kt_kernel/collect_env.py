@@ -19,6 +19,8 @@ from typing import Any
 _PACKAGES = ("sglang", "transformers", "safetensors", "numpy", "triton")
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy")
 _WORDS = ("vendor", "brand")  # of the readings; the others are registers, and tile_errno
+# Weights and the method whose kernels are shown for them.
+_SHOWN_METHODS = {"int8": "AMXINT8", "int4": "AMXINT4", "bf16": "BF16"}
 _REGISTER_BITS = {"xcr0": 64}  # the others have 32
 
 
@@ -79,7 +81,7 @@ def collect() -> dict[str, Any]:
         "topology": topology,
         "kernels": {
             "table": _ext.list_kernels(),
-            "choice": {dtype: _choice(dtype) for dtype in ("int8", "int4", "bf16")},
+            "choice": {name: _choice(METHODS[method].layout) for name, method in _SHOWN_METHODS.items()},
         },
         "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
         "environment": {
@@ -163,15 +165,14 @@ def explain(readings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _choice(weight_dtype: str) -> str:
-    """The kernels chosen for weights of a type, or why KT_GEMM cannot be had for them."""
+def _choice(layout: str) -> str:
+    """The kernels chosen for a layout, or why KT_GEMM cannot be had for it."""
     from kt_kernel import _ext
 
     try:
-        # int4 in the groups of AMXINT4
-        return _ext.explain_kernels(weight_dtype, group_size=32 if weight_dtype == "int4" else 0)
+        return _ext.explain_kernels(layout)
     except RuntimeError as error:
-        return f"{weight_dtype}: {error}"
+        return f"{layout}: {error}"
 
 
 def _environment_warnings() -> list[str]:

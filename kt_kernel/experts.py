@@ -51,14 +51,18 @@ def get_engine(config: EngineConfig) -> _ext.Engine:
         return engine
 
 
-def packed_bytes(layout: str, *, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
+# Layout keys of a layer's w13 and w2 (csrc/format/packed_layout.h).
+Layouts = tuple[str, str]
+
+
+def packed_bytes(layouts: Layouts, *, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
     """Bytes of one expert's packed w13 and w2.
 
     gate and up are interleaved by 32 rows, so w13 counts as ``2 * round_up(intermediate_size, 32)`` rows.
     """
     rows = (intermediate_size + 31) // 32 * 64
-    w13 = _ext.layout_info(layout, rows, hidden_size)["matrix_bytes"]
-    w2 = _ext.layout_info(layout, hidden_size, intermediate_size)["matrix_bytes"]
+    w13 = _ext.layout_info(layouts[0], rows, hidden_size)["matrix_bytes"]
+    w2 = _ext.layout_info(layouts[1], hidden_size, intermediate_size)["matrix_bytes"]
     return int(w13), int(w2)
 
 
@@ -79,7 +83,7 @@ def _sums(tokens: int, hidden_size: int) -> int:
 
 
 def scratch_bytes(
-    layouts: Sequence[str],
+    layouts: Sequence[Layouts],
     *,
     num_experts: int,
     hidden_size: int,
@@ -96,7 +100,7 @@ def scratch_bytes(
 
     Parameters
     ----------
-    layouts : sequence of str
+    layouts : sequence of (str, str)
         Layouts of the layers that share the engine; each buffer is as large as the most demanding one needs.
     num_experts, hidden_size, intermediate_size, top_k : int
         Sizes of every layer.
@@ -110,23 +114,23 @@ def scratch_bytes(
     few_tokens = min(tokens, _REDUNDANT_VALUES // hidden_size)
     few_rows = min(rows, _REDUNDANT_VALUES // intermediate_size)
     token_codes, row_codes, packed_tokens, packed_rows, worker = 0, 0, 0, 0, 0
-    for layout in layouts:
-        value_bytes = _ext.packed_value_bytes(layout)  # 0: no kernel in tiles
-        wide, narrow = (_ext.layout_info(layout, 1, k) for k in (hidden_size, intermediate_size))
-        code_bytes = 2 if layout.startswith("bf16") else 1
 
-        def codes(count: int, info: dict, code_bytes: int = code_bytes) -> int:
-            # codes, scales and group sums begin on a cache line each
-            return count * (info["padded_k"] * code_bytes + 4 + 4 * info["num_groups"]) + 3 * 64
+    def codes(count: int, info: dict) -> int:
+        # codes, scales and group sums begin on a cache line each
+        row = info["padded_k"] * (2 if info["bf16_rows"] else 1)
+        return count * (row + 4 * info["num_activation_blocks"] + 4 * info["num_groups"]) + 3 * 64
 
+    for w13, w2 in layouts:
+        sizes = ((w13, hidden_size), (w2, intermediate_size))
+        wide, narrow = (_ext.layout_info(layout, 1, k) for layout, k in sizes)
         token_codes = max(token_codes, codes(tokens, wide))
         row_codes = max(row_codes, codes(rows, narrow))
-        k, groups = (max(wide[name], narrow[name]) for name in ("padded_k", "num_groups"))
-        expanded_bytes = 2 if value_bytes == 2 else 1
-        expanded = (k * expanded_bytes + 4 * groups) * _PANEL_COLUMNS if layout.startswith("int4") else 0
-        in_tiles = (rows // _AMX_ROWS + min(num_experts, rows)) * _AMX_ROWS * value_bytes
-        packed_tokens = max(packed_tokens, in_tiles * wide["padded_k"])
-        packed_rows = max(packed_rows, in_tiles * narrow["padded_k"])
+        k = max(wide["padded_k"], narrow["padded_k"])
+        expanded = max(_ext.expanded_bytes(layout, k) for layout, k in sizes)
+        in_tiles = (rows // _AMX_ROWS + min(num_experts, rows)) * _AMX_ROWS
+        # packed_value_bytes 0: no kernel in tiles
+        packed_tokens = max(packed_tokens, in_tiles * wide["padded_k"] * _ext.packed_value_bytes(w13))
+        packed_rows = max(packed_rows, in_tiles * narrow["padded_k"] * _ext.packed_value_bytes(w2))
         columns = _sums(tokens, hidden_size)
         few = _sums(few_tokens, hidden_size) + codes(few_tokens, wide) + codes(few_rows, narrow)
         worker = max(worker, 4 * _TILE_ROWS * _PANEL_COLUMNS + 4 * k + 64 + expanded + max(columns, few))
@@ -149,8 +153,8 @@ class CpuExperts:
     ----------
     config : MoEConfig
         Sizes of the layer.
-    layout : str
-        Packed layout, decides the kernels.
+    layouts : (str, str)
+        Packed layouts of w13 and of w2, decide the kernels.
     engine : Engine
         From :func:`get_engine`.
     expert_ids : sequence of int, optional
@@ -168,13 +172,13 @@ class CpuExperts:
         self,
         config: MoEConfig,
         *,
-        layout: str,
+        layouts: Layouts,
         engine: _ext.Engine,
         expert_ids: Sequence[int] | None = None,
         reserved_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
-        self.layout = layout
+        self.layouts = layouts
         self.engine = engine
         self.expert_ids = sorted(range(config.num_experts) if expert_ids is None else expert_ids)
         self.reserved_ids = sorted(reserved_ids)
@@ -185,7 +189,7 @@ class CpuExperts:
             config.top_k,
             config.hidden_size,
             config.intermediate_size,
-            layout,
+            *layouts,
             self.expert_ids,
             self.reserved_ids,
         )

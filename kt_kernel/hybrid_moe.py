@@ -347,7 +347,7 @@ class HybridMoE(nn.Module):
             return
         ids = [expert for expert in range(self.config.num_experts) if not self._on_device(expert)]
         try:
-            experts = self.wrapper._new_experts(get_method(self.wrapper.method).layout)
+            experts = self.wrapper._new_experts((get_method(self.wrapper.method).layout,) * 2)
             experts.load_packed(ids, list(w13.cpu()), list(w2.cpu()))
             self.wrapper._adopt(experts)
         except (ValueError, RuntimeError) as error:

@@ -13,7 +13,7 @@ import torch
 
 from kt_kernel.checkpoint import Checkpoint, resolve_folder
 from kt_kernel.config import MoEConfig
-from kt_kernel.experts import CpuExperts, packed_bytes
+from kt_kernel.experts import CpuExperts, Layouts, packed_bytes
 from kt_kernel.methods import Method
 from kt_kernel.packed_folder import MANIFEST, PackedFolder, is_packed_folder, read_manifest
 from kt_kernel.progress import Progress
@@ -28,7 +28,9 @@ class ExpertSource(Protocol):
     """Where experts come from."""
 
     folder: Path
-    layout: str
+
+    def layouts(self, layer: int) -> Layouts:
+        """Packed layouts of w13 and w2 of a layer."""
 
     def num_experts(self) -> int:
         """Logical experts of the model."""
@@ -54,8 +56,11 @@ class CheckpointSource:
 
     def __init__(self, folder: Path, method: Method) -> None:
         self.folder = folder
-        self.layout = method.layout
+        self._layouts = (method.layout, method.layout)
         self.checkpoint = Checkpoint(folder)
+
+    def layouts(self, layer: int) -> Layouts:
+        return self._layouts
 
     def num_experts(self) -> int:
         return self.checkpoint.sizes.num_experts
@@ -108,14 +113,17 @@ class PackedSource:
                 f"--kt-method {found} or convert again."
             )
         self.packed = PackedFolder(folder)
-        self.layout = self.packed.layout
+        self._layout = self.packed.layout
+
+    def layouts(self, layer: int) -> Layouts:
+        return self._layout, self._layout
 
     def num_experts(self) -> int:
         return self.packed.model["num_experts"]
 
     def check(self, config: MoEConfig) -> None:
         w13_bytes, w2_bytes = packed_bytes(
-            self.layout, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size
+            self.layouts(config.layer_idx), hidden_size=config.hidden_size, intermediate_size=config.intermediate_size
         )
         self.packed.check_sizes(
             config.layer_idx,
@@ -136,8 +144,8 @@ class PackedSource:
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         w13, w2 = self.packed.expert(layer, expert)
         hidden, inter = self.packed.model["hidden_size"], self.packed.model["intermediate_size"]
-        gate, up = torch.ops.kt_kernel.dequantize_w13(w13, self.layout, inter, hidden)
-        return gate, up, torch.ops.kt_kernel.dequantize(w2, self.layout, hidden, inter)
+        gate, up = torch.ops.kt_kernel.dequantize_w13(w13, self._layout, inter, hidden)
+        return gate, up, torch.ops.kt_kernel.dequantize(w2, self._layout, hidden, inter)
 
     def close(self) -> None:
         self.packed.close()

@@ -19,7 +19,7 @@ from kt_kernel import wrapper_checks as checks
 from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts
 from kt_kernel.deferral import select_deferred_experts
 from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
-from kt_kernel.experts import CpuExperts, check_devices, clear_device_buffers, get_engine
+from kt_kernel.experts import CpuExperts, Layouts, check_devices, clear_device_buffers, get_engine
 from kt_kernel.methods import get_method
 
 
@@ -193,7 +193,7 @@ class KTMoEWrapper:
         order = checks.expert_order(
             physical_to_logical_map, num_slots=self.num_experts, num_logical=source.num_experts()
         )
-        experts = self._new_experts(source.layout, may_grow=True)
+        experts = self._new_experts(source.layouts(self.layer_idx), may_grow=True)
         loader.load_layer(experts, source, order)
         self._announced = False
         self._adopt(experts, order)
@@ -228,7 +228,7 @@ class KTMoEWrapper:
 
             withdraw_layer()
             self._announced = False
-        experts = self._new_experts(self._method.layout)
+        experts = self._new_experts((self._method.layout,) * 2)
         for start in range(0, len(experts.expert_ids), 8):
             slots = experts.expert_ids[start : start + 8]
             experts.load_experts(
@@ -268,7 +268,7 @@ class KTMoEWrapper:
         loader.load_late(self.moe, source, missing, self._order)
         self._hosted[missing] = True
 
-    def _new_experts(self, layout: str, *, may_grow: bool = False) -> CpuExperts:
+    def _new_experts(self, layouts: Layouts, *, may_grow: bool = False) -> CpuExperts:
         if self._tickets:
             raise RuntimeError(
                 f"layer {self.layer_idx} has {len(self._tickets)} submitted forwards; sync them before loading weights."
@@ -281,7 +281,7 @@ class KTMoEWrapper:
         here = torch.ones_like(self.gpu_experts_mask) if host_all_experts() else ~self.gpu_experts_mask
         return CpuExperts(
             self.config,
-            layout=layout,
+            layouts=layouts,
             engine=self.cpu_infer,
             expert_ids=here.nonzero().flatten().tolist(),
             reserved_ids=(~here).nonzero().flatten().tolist() if may_grow else (),

@@ -173,7 +173,7 @@ def prepare(args: argparse.Namespace, threads: Sequence[int | None]) -> tuple[Sh
 
 def cut_to_machine(shape: Shape, layout: str, num_layers: int = 1) -> Shape:
     """Fewer experts where all of them, in so many layers, would be more than MAX_WEIGHT_BYTES."""
-    each = sum(packed_bytes(layout, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size))
+    each = sum(packed_bytes((layout, layout), hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size))
     return shape.cut_to(MAX_WEIGHT_BYTES // num_layers // each)
 
 
@@ -225,7 +225,7 @@ def load_layer(shape: Shape, layout: str, engine: _ext.Engine, kinds: list[tuple
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
     )
-    experts = CpuExperts(config, layout=layout, engine=engine)
+    experts = CpuExperts(config, layouts=(layout, layout), engine=engine)
     for e in range(shape.num_experts):
         gate, up, down = kinds[e % len(kinds)]
         experts.load_experts([e], [gate], [up], [down])
@@ -396,7 +396,7 @@ def describe(args: argparse.Namespace, shape: Shape, layers: list[CpuExperts], e
     flags += [f"--group-size {args.group_size}"] if args.group_size is not None else []
     return {
         "method": args.method,
-        "layout": layers[0].layout,
+        "layout": layers[0].layouts[0],
         "shape": args.shape,
         **asdict(shape),
         "routing": args.routing,

@@ -87,7 +87,7 @@ def load(name: str, layer_idx: int) -> Layer:
         wrapper.load_weights_from_tensors(*weights)
         return Layer(wrapper.forward, wrapper.moe.explain)
     config = MoEConfig(layer_idx=layer_idx, top_k=K, intermediate_size=INNER, **sizes)
-    experts = CpuExperts(config, layout=WIDE[name], engine=get_engine(EngineConfig.resolve(2, 1, None)))
+    experts = CpuExperts(config, layouts=(WIDE[name],) * 2, engine=get_engine(EngineConfig.resolve(2, 1, None)))
     experts.load_experts(range(E), *map(list, weights))
     return Layer(experts.forward, experts.explain)
 

@@ -295,7 +295,7 @@ def test_an_error_of_a_job_reaches_the_caller(small: Model, device: AsyncDevice)
 def test_other_threads_run_while_the_last_of_an_engine_is_dropped(device: AsyncDevice) -> None:
     """The stream does not drain, so the engine's end takes its 2 s; the host must not stand still for them."""
     engine = _ext.Engine(num_threads=1, num_nodes=1)
-    layer = _ext.Layer(engine, 0, E, K, 256, 256, METHODS["AMXINT8"].layout, list(range(E)))
+    layer = _ext.Layer(engine, 0, E, K, 256, 256, *(METHODS["AMXINT8"].layout,) * 2, list(range(E)))
     hidden = device.tensor(torch.zeros(1, 256, dtype=torch.bfloat16))
     ids, weights = device.tensor(torch.zeros(1, K, dtype=torch.int64)), device.tensor(torch.ones(1, K))
     stream = torch.cuda.current_stream().cuda_stream

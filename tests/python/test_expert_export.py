@@ -170,7 +170,7 @@ def test_experts_are_loaded_when_the_mask_gives_them_to_the_cpu(
 ) -> None:
     mapping = torch.roll(torch.arange(E), 3)
     wrapper = from_folder(folder, mapping=mapping, gpu_experts_mask=mask_of(0, 4, 5))
-    one = sum(packed_bytes(METHODS["BF16"].layout, hidden_size=H, intermediate_size=INNER))
+    one = sum(packed_bytes((METHODS["BF16"].layout,) * 2, hidden_size=H, intermediate_size=INNER))
     # matrices begin on a page of their own: two matrices, less than a page each
     assert 5 * one <= wrapper.moe.bytes <= 5 * (one + 8192)
     everything = loaded(experts, "BF16", mapping)

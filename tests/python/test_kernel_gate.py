@@ -270,7 +270,7 @@ def forward_findings(counters: Callable[[], dict], run: Callable[[], object], ba
 @pytest.fixture(scope="module", params=["int8_n64k4_r512_v1", "int4g32_n64k8_r512_v1", "bf16_n64k2_v1"])
 def experts(request) -> CpuExperts:
     config = MoEConfig(layer_idx=0, num_experts=NUM_EXPERTS, top_k=TOP_K, **SIZES)
-    experts = CpuExperts(config, layout=request.param, engine=get_engine(EngineConfig.resolve(2)))
+    experts = CpuExperts(config, layouts=(request.param,) * 2, engine=get_engine(EngineConfig.resolve(2)))
     hidden, wide = SIZES["hidden_size"], SIZES["intermediate_size"]
     gate, down = torch.randn(wide, hidden), torch.randn(hidden, wide)
     ids = range(NUM_EXPERTS)
@@ -284,7 +284,7 @@ def forward_of(experts: CpuExperts, num_tokens: int) -> tuple[Callable[[], objec
     ids = torch.stack([torch.randperm(NUM_EXPERTS)[:TOP_K] for _ in range(num_tokens)])
     hidden = torch.randn(num_tokens, SIZES["hidden_size"])
     weights = torch.rand(num_tokens, TOP_K)
-    needed = len(ids.unique()) * sum(packed_bytes(experts.layout, **SIZES))
+    needed = len(ids.unique()) * sum(packed_bytes(experts.layouts, **SIZES))
     return lambda: ops.moe_forward(hidden, ids, weights, None, experts.layer.handle), needed
 
 

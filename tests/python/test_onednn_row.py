@@ -218,7 +218,7 @@ config = MoEConfig(layer_idx=0, num_experts=E, top_k=K, hidden_size=H, intermedi
 engine = get_engine(EngineConfig(num_threads=threads))
 layers = {}
 for name in sys.argv[3:]:
-    layers[name] = CpuExperts(config, layout=METHODS[name].layout, engine=engine)
+    layers[name] = CpuExperts(config, layouts=(METHODS[name].layout,) * 2, engine=engine)
 made = compiled()
 weights, outputs = random_experts(E, H, INNER), {}
 for name, layer in layers.items():

@@ -22,7 +22,7 @@ BATCHES = [1, 200, 1025, 4500]  # 32768 rows are 1024 tokens of 32 experts
 def check_batches(layout: str, config: MoEConfig, batches: list[int]) -> None:
     """Compare the estimate with a new engine's buffers after each of these batches."""
     engine = _ext.Engine(num_threads=THREADS, num_nodes=1)
-    experts = CpuExperts(config, layout=layout, engine=engine)
+    experts = CpuExperts(config, layouts=(layout, layout), engine=engine)
     gate = torch.full((config.intermediate_size, config.hidden_size), 0.01, dtype=torch.bfloat16)
     down = gate.t().contiguous()
     experts.load_experts(list(range(EXPERTS)), *([weight] * EXPERTS for weight in (gate, gate, down)))
@@ -31,7 +31,7 @@ def check_batches(layout: str, config: MoEConfig, batches: list[int]) -> None:
         hidden = torch.ones(tokens, config.hidden_size, dtype=torch.bfloat16)
         experts.forward(hidden, ids, torch.ones(tokens, config.top_k))
         estimate = scratch_bytes(
-            [layout],
+            [(layout, layout)],
             num_experts=EXPERTS,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -64,7 +64,7 @@ def test_two_layouts_share_the_largest_of_each_buffer() -> None:
         "num_experts": 128, "hidden_size": 2048, "intermediate_size": 768, "num_tokens": 4096, "top_k": 8,
         "num_threads": 4,
     }  # fmt: skip
-    int4, bf16 = (METHODS[name].layout for name in ("AMXINT4", "BF16"))
+    int4, bf16 = ((METHODS[name].layout,) * 2 for name in ("AMXINT4", "BF16"))
     both = scratch_bytes([int4, bf16], **sizes)
     one = [scratch_bytes([layout], **sizes) for layout in (int4, bf16)]
     assert max(one) <= both < sum(one)
@@ -78,11 +78,11 @@ def test_a_forward_is_as_large_as_its_chunk(chunk: int | None, tokens: int) -> N
     )  # fmt: skip
     assert checks.batch_tokens(args) == tokens
     assert checks.batch_tokens(SimpleNamespace(**{**vars(args), "enable_dp_attention": True})) == 4 * tokens
-    source = checks.ExpertSource(Path(), METHODS["AMXINT8"].layout, 58, 256, 7168, 2048)
+    source = checks.ExpertSource(Path(), ((METHODS["AMXINT8"].layout,) * 2,) * 58, 256, 7168, 2048)
     found = checks.forward_bytes(args, source, num_tokens=tokens, top_k=8)
     # DeepSeek-V3: 32768 rows x 2048 in fp32 and int8, 4096 tokens x 7168 in int8, each an eighth more; with AMX these
     # rows in both sizes once more, each expert's in whole tiles
     now = min(tokens, 4096)
-    in_tiles = (8 * now + 256 * 16) * (7168 + 2048) * _ext.packed_value_bytes(source.layout)
+    in_tiles = (8 * now + 256 * 16) * (7168 + 2048) * _ext.packed_value_bytes(source.layouts[0][0])
     buffers = 9 / 8 * (now * (8 * 2048 * 5 + 7168) + in_tiles)
     assert buffers < found - 4 * tokens * 7168 < 1.1 * buffers

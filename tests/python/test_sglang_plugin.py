@@ -184,7 +184,7 @@ def test_memory_is_refused_with_needed_and_had(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_memory_counts_every_expert_that_is_loaded(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
-    source = checks.ExpertSource(Path(), METHODS["AMXINT8"].layout, 2, 16, 256, 128)
+    source = checks.ExpertSource(Path(), ((METHODS["AMXINT8"].layout,) * 2,) * 2, 16, 256, 128)
     of_one = source.bytes_of(1)
     bf16 = source.bytes_of(4, METHODS["BF16"].layout) if not on_gpu else 0
     assert checks.expert_bytes(source, 4, on_gpu=on_gpu) == 12 * of_one + bf16

@@ -194,7 +194,7 @@ def test_two_models_in_one_process(experts: Experts) -> None:
 def test_experts_on_the_gpu_are_skipped_and_take_no_memory(experts: Experts) -> None:
     mask = torch.tensor([True, False, False, True, False, False, True, False])
     wrapper = loaded(experts, "AMXINT8", gpu_experts_mask=mask)
-    one = sum(packed_bytes(METHODS["AMXINT8"].layout, hidden_size=H, intermediate_size=INNER))
+    one = sum(packed_bytes((METHODS["AMXINT8"].layout,) * 2, hidden_size=H, intermediate_size=INNER))
     assert 5 * one <= wrapper.moe.bytes < 6 * one
     hidden, ids, weights = batch(20)
     output = wrapper.forward(hidden, ids, weights)

@@ -47,8 +47,9 @@ class System:
         found = []
         for kind in range(sizes.kinds):
             w13, w2 = layer.export_packed(kind)
-            gate_up = torch.ops.kt_kernel.dequantize_w13(w13, layer.layout, sizes.intermediate_size, sizes.hidden_size)
-            down = torch.ops.kt_kernel.dequantize(w2, layer.layout, sizes.hidden_size, sizes.intermediate_size)
+            layout, inter, hidden = layer.layouts[0], sizes.intermediate_size, sizes.hidden_size
+            gate_up = torch.ops.kt_kernel.dequantize_w13(w13, layout, inter, hidden)
+            down = torch.ops.kt_kernel.dequantize(w2, layout, hidden, inter)
             found.append([matrix.numpy() for matrix in (*gate_up, down)])
         gate, up, down = (np.stack(matrices) for matrices in zip(*found, strict=True))
         return gate, up, down

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from kt_kernel import _ext
 from kt_kernel.checkpoint import ModelSizes, model_sizes, read_config
 from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
 from kt_kernel.environment import wrong_values
-from kt_kernel.experts import packed_bytes, scratch_bytes
+from kt_kernel.experts import Layouts, packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import cuda_flags, flags, memory
 from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
 from kt_kernel.loader import PackedSource, open_source
@@ -58,18 +59,21 @@ class ExpertSource:
     """What ``--kt-weight-path`` holds, from headers and manifest only."""
 
     folder: Path
-    layout: str
-    num_layers: int
+    layouts: tuple[Layouts, ...]  # one of each layer with experts
     num_experts: int
     hidden_size: int
     intermediate_size: int
 
+    @property
+    def num_layers(self) -> int:
+        """Layers with experts."""
+        return len(self.layouts)
+
     def bytes_of(self, experts_per_layer: int, layout: str | None = None) -> int:
         """Return the packed bytes of so many experts of every layer, in `layout` or in the source's own."""
-        one = packed_bytes(
-            layout or self.layout, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
-        )
-        return sum(one) * experts_per_layer * self.num_layers
+        kinds = Counter(self.layouts if layout is None else [(layout, layout)] * self.num_layers)
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        return experts_per_layer * sum(sum(packed_bytes(kind, **sizes)) * count for kind, count in kinds.items())
 
 
 def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
@@ -241,7 +245,7 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
     except ValueError as error:
         raise ValueError(f"--kt-method: {error}") from None
     try:
-        _ext.explain_kernels(method.weight_dtype)
+        _ext.explain_kernels(method.layout)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     try:
@@ -250,13 +254,13 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
         raise ValueError(f"--kt-weight-path: {error}") from None
     if isinstance(source, PackedSource):
         model = source.packed.model
-        num_layers = len(source.packed.layers)
+        layers = source.packed.layers
         num_experts, hidden_size, intermediate_size = (
             model[name] for name in ("num_experts", "hidden_size", "intermediate_size")
         )
     else:
         sizes = source.checkpoint.sizes
-        num_layers = len(source.checkpoint.layers)
+        layers = source.checkpoint.layers
         num_experts, hidden_size, intermediate_size = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
     # refuses widths that the kernels cannot compute, before SGLang reads a weight
     MoEConfig(
@@ -266,7 +270,8 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
     )
-    return ExpertSource(source.folder, source.layout, num_layers, num_experts, hidden_size, intermediate_size)
+    layouts = tuple(source.layouts(layer) for layer in layers)
+    return ExpertSource(source.folder, layouts, num_experts, hidden_size, intermediate_size)
 
 
 def _check_same_model(model_path: str, source: ExpertSource) -> None:
@@ -436,9 +441,9 @@ def batch_tokens(server_args: Any) -> int:
 
 def forward_bytes(server_args: Any, source: ExpertSource, *, num_tokens: int, top_k: int) -> int:
     """Return the bytes of a forward of `num_tokens`: the engine's buffers, its copy of the input, and the output."""
-    layouts = [source.layout]
+    layouts = list(set(source.layouts))
     if server_args.kt_num_gpu_experts and not torch.cuda.is_available():
-        layouts.append(METHODS["BF16"].layout)
+        layouts.append((METHODS["BF16"].layout,) * 2)
     buffers = scratch_bytes(
         layouts,
         num_experts=source.num_experts,

@@ -180,7 +180,7 @@ def _pack_device_experts(method: Any, layer: nn.Module) -> Any:
             hidden_size=down.shape[1],
             intermediate_size=intermediate_size,
         ),
-        layout=METHODS["BF16"].layout,
+        layouts=(METHODS["BF16"].layout,) * 2,
         engine=method.wrapper.cpu_infer,
         expert_ids=ids,
     )
