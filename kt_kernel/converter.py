@@ -172,7 +172,7 @@ def _check_sizes(source: Checkpoint, layout: str) -> None:
             hidden_size=sizes.hidden_size,
             intermediate_size=sizes.intermediate_size,
         )
-        packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
+        packed_bytes((layout, layout), hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source.folder} cannot be converted: {error}") from error
 
@@ -221,7 +221,7 @@ def _convert_layer(
     progress: Progress,
 ) -> None:
     sizes = source.sizes
-    expert_bytes = sum(packed_bytes(layout, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size))
+    expert_bytes = sum(packed_bytes((layout, layout), hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size))
     per_shard = max(1, SHARD_BYTES // expert_bytes)
     share = source.expert_bytes(layer)
 

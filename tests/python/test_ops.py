@@ -32,7 +32,7 @@ def weights():
 def layer(weights) -> CpuExperts:
     experts = CpuExperts(
         MoEConfig(layer_idx=5, num_experts=E, top_k=K, hidden_size=H, intermediate_size=INNER),
-        layout=METHODS["AMXINT8"].layout,
+        layouts=(METHODS["AMXINT8"].layout,) * 2,
         engine=get_engine(EngineConfig(num_threads=2)),
     )
     experts.load_experts(range(E), list(weights.gate), list(weights.up), list(weights.down))
@@ -204,7 +204,7 @@ def test_bad_loads_are_named(layer: CpuExperts, weights) -> None:
 
 
 def test_export_is_the_inverse_of_load(layer: CpuExperts) -> None:
-    other = CpuExperts(layer.config, layout=layer.layout, engine=layer.engine, expert_ids=[1, 4])
+    other = CpuExperts(layer.config, layouts=layer.layouts, engine=layer.engine, expert_ids=[1, 4])
     for expert in (1, 4):
         w13, w2 = layer.export_packed(expert)
         other.load_packed([expert], [w13], [w2])
@@ -219,7 +219,7 @@ def test_export_is_the_inverse_of_load(layer: CpuExperts) -> None:
 def test_closing_a_layer_while_other_threads_measure_it() -> None:
     for _ in range(20):
         engine = _ext.Engine(num_threads=2)
-        native = _ext.Layer(engine, 0, E, K, 256, 256, LAYOUTS[0], list(range(E)))
+        native = _ext.Layer(engine, 0, E, K, 256, 256, LAYOUTS[0], LAYOUTS[0], list(range(E)))
         go = threading.Barrier(3)
 
         def measure(native=native, go=go) -> str:
