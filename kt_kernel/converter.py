@@ -221,7 +221,8 @@ def _convert_layer(
     progress: Progress,
 ) -> None:
     sizes = source.sizes
-    expert_bytes = sum(packed_bytes((layout, layout), hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size))
+    both = packed_bytes((layout, layout), hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size)
+    expert_bytes = sum(both)
     per_shard = max(1, SHARD_BYTES // expert_bytes)
     share = source.expert_bytes(layer)
 
