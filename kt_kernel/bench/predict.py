@@ -91,7 +91,8 @@ EFFICIENCY = {
 
 def expert_bytes(shape: Shape, method: Method) -> int:
     """Packed bytes of one expert, scales included."""
-    return sum(packed_bytes((method.layout, method.layout), hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size))
+    layouts = (method.layout, method.layout)
+    return sum(packed_bytes(layouts, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size))
 
 
 def expert_weights(shape: Shape) -> int:
