@@ -185,10 +185,11 @@ bool register_rows() {
   }
   constexpr IsaSet kAvx512 = kIsaAvx2 | kIsaAvx512;
   uses_tiles = (found & (kIsaAmxInt8 | kIsaAmxBf16)) != 0;
-  register_if_accepted({"gemm_u8_int8_fp32_32x64x4_onednn", kAvx512 | kIsaAvx512Vnni, WeightFormat::kInt8,
-                        DType::kUint8, kMaxRows, /*m_from=*/0, gemm_u8_int8_fp32_32x64x4_onednn,
-                        nullptr, GemmSource::kOneDnn, prepare<uint8_t, int8_t, int32_t>},
-                       found, kIsaAmxInt8);
+  register_if_accepted(
+      {"gemm_u8_int8_fp32_32x64x4_onednn", kAvx512 | kIsaAvx512Vnni, WeightFormat::kInt8,
+       DType::kUint8, kMaxRows, /*m_from=*/0, gemm_u8_int8_fp32_32x64x4_onednn, nullptr,
+       GemmSource::kOneDnn, prepare<uint8_t, int8_t, int32_t>},
+      found, kIsaAmxInt8);
   register_if_accepted(
       {"gemm_bf16_bf16_fp32_32x64x2_onednn", kAvx512 | kIsaAvx512Bf16, WeightFormat::kBFloat16,
        DType::kBFloat16, kMaxRows, /*m_from=*/0, gemm_bf16_bf16_fp32_32x64x2_onednn, nullptr,
