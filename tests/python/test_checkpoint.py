@@ -13,7 +13,7 @@ from checkpoints import BASES, STYLES, config_of, layer_tensors, random_experts,
 from safetensors.torch import save_file
 
 from kt_kernel import files
-from kt_kernel.checkpoint import Checkpoint, describe_layers, model_sizes, resolve_folder
+from kt_kernel.checkpoint import Checkpoint, describe_layers, expert_weights, model_sizes, resolve_folder
 from kt_kernel.loader import open_source
 from kt_kernel.methods import get_method
 
@@ -23,7 +23,7 @@ E, H, INNER = 4, 64, 48
 def assert_holds(checkpoint: Checkpoint, layer: int, experts) -> None:
     checkpoint.check_layer(layer)
     for expert in range(experts.gate.shape[0]):
-        for found, wanted in zip(checkpoint.expert(layer, expert), experts, strict=True):
+        for found, wanted in zip(expert_weights(checkpoint, layer, expert), experts, strict=True):
             assert torch.equal(found, wanted[expert])
     checkpoint.close()
 
@@ -130,7 +130,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path, family: str) -> None:
     block = model.model.layers[1].mlp.experts
     gate, up = block.gate_up_proj.detach().chunk(2, dim=1)
     for expert in range(E):
-        weights = checkpoint.expert(1, expert)
+        weights = expert_weights(checkpoint, 1, expert)
         assert torch.equal(weights.gate, gate[expert])
         assert torch.equal(weights.up, up[expert])
         assert torch.equal(weights.down, block.down_proj.detach()[expert])
@@ -384,7 +384,7 @@ def test_weights_are_views_and_closed_files_are_unmapped(tmp_path: Path, style: 
     checkpoint = Checkpoint(write_checkpoint(tmp_path, {0: experts}, style=style))
     anon, file = resident_kib("RssAnon"), resident_kib("RssFile")
     for expert in range(4):
-        for weights in checkpoint.expert(0, expert):
+        for weights in expert_weights(checkpoint, 0, expert):
             weights.view(torch.uint8).max()
     mapped = resident_kib("RssFile") - file
     assert mapped > 20_000, "four experts of 6 MiB were read where they are"
