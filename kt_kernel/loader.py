@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from kt_kernel.checkpoint import Checkpoint, resolve_folder
+from kt_kernel.checkpoint import Checkpoint, ExpertWeights, expert_weights, is_float, resolve_folder
 from kt_kernel.config import MoEConfig
 from kt_kernel.experts import CpuExperts, Layouts, packed_bytes
-from kt_kernel.methods import Method
+from kt_kernel.methods import FLOAT_METHODS, Method, method_of, source_kind
 from kt_kernel.packed_folder import MANIFEST, PackedFolder, is_packed_folder, read_manifest
 from kt_kernel.progress import Progress
 
@@ -47,20 +47,57 @@ class ExpertSource(Protocol):
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gate, up ``[I, H]`` and down ``[H, I]`` of one expert, in a float type, on the CPU."""
 
+    def conclude(self) -> None:
+        """Say what came of loading, after the last layer."""
+
     def close(self) -> None:
         """Let go of the files; the next use opens them again."""
 
 
 class CheckpointSource:
-    """Experts of an ordinary checkpoint, quantized and packed while they are loaded."""
+    """Experts of a checkpoint, packed while they are loaded: with the codes they have, or quantized by us."""
 
     def __init__(self, folder: Path, method: Method) -> None:
         self.folder = folder
-        self._layouts = (method.layout, method.layout)
         self.checkpoint = Checkpoint(folder)
+        self._method = method
+        self._rounded = _RoundingCount()
+        typical = self.checkpoint.typical_layer
+        self.checkpoint.check_layer(typical)
+        self._check_method(self.checkpoint.source(typical, 0, "gate")[0])
+        self.checkpoint.close()
+        how = f"quantized to {method.layout}" if method.packed else "kept as they are"
+        logger.info("%s holds %s, %s for %s", folder, self.checkpoint.describe(), how, method.name)
+
+    def _check_method(self, source: str) -> None:
+        """Refuse a method that keeps other codes than these files have."""
+        kind, method = source_kind(source), self._method
+        if method.packed or kind in method.sources:
+            return
+        own = method_of(kind)
+        fitting = ([own.name] if own else []) + list(FLOAT_METHODS)
+        raise ValueError(
+            f"{self.folder} holds {self.checkpoint.describe()}, but method {method.name} is for other files; give "
+            f"--kt-method {' or '.join((', '.join(fitting[:-1]), fitting[-1]))}."
+        )
 
     def layouts(self, layer: int) -> Layouts:
-        return self._layouts
+        if self._method.packed:
+            return self._method.layout, self._method.layout
+        self.checkpoint.check_layer(layer)
+        hidden, inter = self.checkpoint.sizes.hidden_size, self.checkpoint.sizes.intermediate_size
+        found = []
+        for projection, n, k in (("gate", inter, hidden), ("down", hidden, inter)):
+            source, parts = self.checkpoint.source(layer, 0, projection)
+            if not is_float(source):  # a few layers may have been left unquantized
+                self._check_method(source)
+            try:
+                found.append(torch.ops.kt_kernel.source_layout(parts, source, n, k))
+            except RuntimeError as error:
+                name = self.checkpoint.tensor_name(layer, 0, projection)
+                raise ValueError(f"{name} cannot be kept as it is: {error}") from error
+        self.checkpoint.close()
+        return found[0], found[1]
 
     def num_experts(self) -> int:
         return self.checkpoint.sizes.num_experts
@@ -85,19 +122,71 @@ class CheckpointSource:
         return self.checkpoint.expert_bytes(layer)
 
     def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
-        weights = [_one_dtype(*self.checkpoint.expert(layer, expert)) for expert in logical]
         try:
-            experts.load_experts(slots, [w[0] for w in weights], [w[1] for w in weights], [w[2] for w in weights])
+            if all(is_float(self.checkpoint.source(layer, logical[0], name)[0]) for name in ("gate", "down")):
+                self._fill_floats(experts, slots, layer, logical)
+            else:
+                self._fill_sources(experts, slots, layer, logical)
         except RuntimeError as error:
             raise ValueError(
                 f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
             ) from error
 
+    def _fill_floats(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
+        weights = [_one_dtype(*expert_weights(self.checkpoint, layer, expert)) for expert in logical]
+        if experts.layouts[0].startswith("bf16"):
+            for matrices in weights:
+                self._rounded.add(matrices)
+        experts.load_experts(slots, [w[0] for w in weights], [w[1] for w in weights], [w[2] for w in weights])
+
+    def _fill_sources(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
+        sources: dict[str, str] = {}
+        parts: dict[str, list[torch.Tensor]] = {projection: [] for projection in ExpertWeights._fields}
+        for expert in logical:
+            for projection in ExpertWeights._fields:
+                source, tensors = self.checkpoint.source(layer, expert, projection)
+                kind = "w2" if projection == "down" else "w13"
+                if sources.setdefault(kind, source) != source:
+                    raise ValueError(
+                        f"{self.checkpoint.tensor_name(layer, expert, projection)} is {source} but others of gate and "
+                        f"up, or of other experts, are {sources[kind]}; kt_kernel reads one form in a layer, so use "
+                        f"a checkpoint that has one."
+                    )
+                parts[projection] += tensors
+        experts.load_sources(slots, sources["w13"], sources["w2"], **parts)
+
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.checkpoint.expert(layer, expert)
+        return expert_weights(self.checkpoint, layer, expert)
+
+    def conclude(self) -> None:
+        self._rounded.report(self.folder)
 
     def close(self) -> None:
         self.checkpoint.close()
+
+
+class _RoundingCount:
+    """How many weights change when they become bf16."""
+
+    def __init__(self) -> None:
+        self._changed, self._total, self._dtype = 0, 0, torch.bfloat16
+
+    def add(self, matrices: tuple[torch.Tensor, ...]) -> None:
+        for matrix in matrices:
+            if matrix.dtype != torch.bfloat16:
+                self._dtype = matrix.dtype
+                self._changed += int((matrix.bfloat16().to(matrix.dtype) != matrix).sum())
+                self._total += matrix.numel()
+
+    def report(self, folder: Path) -> None:
+        """Warn, if any did, and start again."""
+        if self._changed:
+            logger.warning(
+                "%s holds %s weights; %d of %d (%.1f %%) have no equal in bf16 and were rounded to it",
+                folder, str(self._dtype).removeprefix("torch."), self._changed, self._total,
+                100 * self._changed / self._total,
+            )  # fmt: skip
+        self._changed = self._total = 0
 
 
 class PackedSource:
@@ -146,6 +235,9 @@ class PackedSource:
         hidden, inter = self.packed.model["hidden_size"], self.packed.model["intermediate_size"]
         gate, up = torch.ops.kt_kernel.dequantize_w13(w13, self._layout, inter, hidden)
         return gate, up, torch.ops.kt_kernel.dequantize(w2, self._layout, hidden, inter)
+
+    def conclude(self) -> None:
+        return
 
     def close(self) -> None:
         self.packed.close()
@@ -249,14 +341,17 @@ class _LoadingReport:
                 )
             return self._progress
 
-    def finish_layer(self, layer: int) -> None:
+    def finish_layer(self, layer: int) -> bool:
+        """Whether it was the last one."""
         with self._lock:
             progress = self._progress
             if progress is None:
-                return
+                return False
             progress.finish_layer(layer)
-            if progress.done_layers >= progress.total_layers:
-                self._end()
+            if progress.done_layers < progress.total_layers:
+                return False
+            self._end()
+            return True
 
     def abandon(self) -> None:
         with self._lock:
@@ -311,7 +406,8 @@ def load_layer(experts: CpuExperts, source: ExpertSource, physical_to_logical: l
     except BaseException:
         _report.abandon()
         raise
-    _report.finish_layer(layer)
+    if _report.finish_layer(layer):
+        source.conclude()
 
 
 def load_late(experts: CpuExperts, source: ExpertSource, slots: list[int], physical_to_logical: list[int]) -> None:

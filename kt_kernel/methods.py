@@ -1,7 +1,8 @@
-"""The methods of ``--kt-method``: names of SGLang, each with the packed layout it computes in."""
+"""The methods of ``--kt-method``: names of SGLang, each with what it computes in and from which files."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -13,19 +14,42 @@ class Method:
     ----------
     name : str
         Value of ``--kt-method``.
-    layout : str
-        Versioned layout key of the packed weights (``csrc/format/packed_layout.h``).
     description : str
         One line for tables and messages.
+    packed : str
+        Versioned layout key (``csrc/format/packed_layout.h``) that weights of any kind are packed into; empty: codes and
+        scales stay as the files have them, and their source decides the layout.
+    sources : tuple of str
+        The kinds of sources (:func:`source_kind`) whose codes are kept.
+    formats : tuple of str
+        The weight formats (``csrc/base/weight_format.h``) that those are kept in.
     """
 
     name: str
-    layout: str
     description: str
+    packed: str = ""
+    sources: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> str:
+        """The layout key that float weights are packed into.
+
+        Raises
+        ------
+        ValueError
+            The method keeps codes that its files bring.
+        """
+        if self.packed:
+            return self.packed
+        raise ValueError(
+            f"method {self.name} keeps the codes of quantized files and makes none of its own; use one of "
+            f"{', '.join(FLOAT_METHODS)} for other weights."
+        )
 
     @property
     def weight_dtype(self) -> str:
-        """``"int8"``, ``"int4"`` or ``"bf16"``: the row of the kernel table it uses."""
+        """``"int8"``, ``"int4"`` or ``"bf16"``: the weight format of :attr:`layout`."""
         return weight_dtype_of(self.layout)
 
     def layout_with_group(self, group_size: int | None) -> str:
@@ -59,39 +83,97 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "AMXINT8",
-            "int8_n64k4_r512_v1",
             "8-bit weights with one scale a row, rotated; 8.1 bits a weight, close to bf16",
+            packed="int8_n64k4_r512_v1",
         ),
         Method(
             "AMXINT4",
-            "int4g32_n64k8_r512_v1",
             "4-bit weights with a searched scale per group of 32, rotated; 4.5 bits a weight",
+            packed="int4g32_n64k8_r512_v1",
         ),
-        Method("BF16", "bf16_n64k2_v1", "bf16 weights as in the checkpoint; 16 bits a weight"),
+        Method("BF16", "bf16 weights as in the checkpoint; 16 bits a weight", packed="bf16_n64k2_v1"),
+        Method(
+            "FP8",
+            "fp8 (e4m3) weights with a scale a block, mostly 128 x 128, as in the files",
+            sources=("fp8_block",),
+            formats=("fp8f", "fp8"),
+        ),
+        Method(
+            "FP8_PERCHANNEL",
+            "fp8 (e4m3) weights with a scale a row, as in the files",
+            sources=("fp8_row",),
+            formats=("fp8f",),
+        ),
+        Method(
+            "MXFP8",
+            "fp8 (e4m3) weights with a power of two per group of 32, as in the files",
+            sources=("mxfp8",),
+            formats=("fp8",),
+        ),
+        Method(
+            "RAWINT4",
+            "compressed-tensors int4 (pack-quantized) in groups of any multiple of 32, as in the files",
+            sources=("pack_quantized",),
+            formats=("int4", "int4h", "int4f"),
+        ),
+        Method(
+            "GPTQ_INT4",
+            "GPTQ int4, symmetric or with zero points, as in the files",
+            sources=("gptq", "gptq_v2"),
+            formats=("int4h", "int4z"),
+        ),
+        Method("AWQ", "AWQ int4 with zero points, as in the files", sources=("awq",), formats=("int4z",)),
+        Method(
+            "MXFP4",
+            "fp4 (E2M1) weights with a power of two per group of 32, as in the files",
+            sources=("mxfp4",),
+            formats=("fp4",),
+        ),
+        Method(
+            "NVFP4",
+            "fp4 (E2M1) weights with an fp8 scale per group of 16 and one a matrix, as in the files",
+            sources=("nvfp4",),
+            formats=("fp4c",),
+        ),
+        Method(
+            "LLAMAFILE",
+            "GGUF files: the codes of each tensor's own type",
+            sources=("gguf",),
+            formats=(
+                "int8h", "int6k", "int5h", "int5m", "int5km", "int4h", "int4m", "int4km", "int3k", "int2km", "iq4h",
+                "iq4k",
+            ),  # fmt: skip
+        ),
     )
 }
+# Those that pack weights of any float type, and whatever can be decoded to one.
+FLOAT_METHODS = {name: method for name, method in METHODS.items() if method.packed}
+# Other names for the same.
+ALIASES = {"MOE_INT4": "AMXINT4", "MOE_INT8": "AMXINT8"}
 
-# Names other releases of SGLang accept. A user who types one must learn that it is known and not there yet.
-LATER_METHODS = (
-    "FP8",
-    "FP8_PERCHANNEL",
-    "RAWINT4",
-    "GPTQ_INT4",
-    "MXFP4",
-    "MXFP8",
-    "LLAMAFILE",
-    "MOE_INT4",
-    "MOE_INT8",
-    "SYCL_GPTQ_INT4",
-)
+_REFUSED = {
+    "SYCL_GPTQ_INT4": "computes on Intel GPUs, which kt_kernel does not; use GPTQ_INT4 for the same files",
+}
 
 
 def weight_dtype_of(layout: str) -> str:
-    """The code type a layout key begins with: ``"int8"``, ``"int4"`` or ``"bf16"``."""
-    for dtype in ("int8", "int4", "bf16"):
-        if layout.startswith(dtype):
-            return dtype
-    raise ValueError(f"layout {layout!r} is unknown; known layouts begin with int8, int4 or bf16.")
+    """The weight format a layout key begins with: ``"int8"``, ``"int4h"``, ``"bf16"``."""
+    match = re.match(r"([a-z]+\d+[a-z]*?)(?:g\d+)?_", layout)
+    if match is None:
+        raise ValueError(f"layout {layout!r} is unknown; known layouts begin with int8, int4, bf16, fp8, ...")
+    return match[1]
+
+
+def source_kind(source: str) -> str:
+    """What a source string is without its sizes and types: ``fp8_block128x128`` -> ``fp8_block``, ``gguf:Q4_K`` ->
+    ``gguf``.
+    """
+    return re.sub(r"(?<=_block)\d+x\d+$|:.*$", "", source)
+
+
+def method_of(kind: str) -> Method | None:
+    """The method that keeps the codes of a kind of sources; None for floats, which have no codes."""
+    return next((method for method in METHODS.values() if kind in method.sources), None)
 
 
 def get_method(name: str | None) -> Method:
@@ -105,14 +187,13 @@ def get_method(name: str | None) -> Method:
     Raises
     ------
     ValueError
-        Unknown name; the message lists the supported ones.
+        Unknown or refused name; the message lists the supported ones.
     """
     if name is None:
         name = "AMXINT4"
-    method = METHODS.get(name)
+    method = METHODS.get(ALIASES.get(name, name))
     if method is not None:
         return method
-    supported = ", ".join(METHODS)
-    if name in LATER_METHODS:
-        raise ValueError(f"method {name} is not supported by this version of kt_kernel yet; use one of {supported}.")
-    raise ValueError(f"method {name!r} is unknown; kt_kernel supports {supported}.")
+    if name in _REFUSED:
+        raise ValueError(f"method {name} {_REFUSED[name]}.")
+    raise ValueError(f"method {name!r} is unknown; kt_kernel supports {', '.join((*METHODS, *ALIASES))}.")
