@@ -136,7 +136,7 @@ def nvfp4(parts: list[torch.Tensor], n: int, k: int) -> np.ndarray:
 def kt_offsets(n: int, k: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the weight of row r and column c lies: its byte, and whether in the high nibble (INT4), both ``[n, k]``.
 
-    contract.md 3.4: blocks of rows, in them blocks of 3584 k, in them tiles of 32 rows, in them steps of 64 (INT8) or
+    Blocks of rows, in them blocks of 3584 k, in them tiles of 32 rows, in them steps of 64 (INT8) or
     128 (INT4) k: two 16-row parts of 16 lines of 4 k.
     """
     r, c = np.arange(n)[:, None], np.arange(k)[None, :]
