@@ -83,7 +83,10 @@ def collect() -> dict[str, Any]:
             "table": _ext.list_kernels(),
             "choice": {name: _choice(METHODS[method].layout) for name, method in _SHOWN_METHODS.items()},
         },
-        "methods": {method.name: {"layout": method.layout, "is": method.description} for method in METHODS.values()},
+        "methods": {
+            method.name: {"layout": method.packed or "that of the files", "is": method.description}
+            for method in METHODS.values()
+        },
         "environment": {
             "set": {
                 v.name: "a path" if v.is_path else os.environ[v.name] for v in ENVIRONMENT if os.environ.get(v.name)

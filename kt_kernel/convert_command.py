@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_kernel.config import apply_log_level, usable_cpus
-from kt_kernel.methods import METHODS, get_method
+from kt_kernel.methods import FLOAT_METHODS, get_method
 
-_METHOD_OF_QUANT = {"int8": "AMXINT8", "int4": "AMXINT4", "bf16": "BF16"}
-_LATER_QUANT = ("awq", "moe_int4", "moe_int8")
-_LATER_INPUT = ("fp8", "awq")
+# The incumbent's other kernels for int4 and int8 have no counterpart here: ours are the same ones everywhere.
+_METHOD_OF_QUANT = {"int8": "AMXINT8", "int4": "AMXINT4", "bf16": "BF16", "moe_int8": "AMXINT8", "moe_int4": "AMXINT4"}
+_REFUSED_QUANT = ("awq",)
+_INPUT_TYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "int4", "gptq", "awq", "mxfp4", "nvfp4", "mxfp8", "gguf")
 
 logger = logging.getLogger("kt_kernel.converter")
 
@@ -27,14 +28,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input-path", "-i", help="folder of the checkpoint, or a Hugging Face model id")
     parser.add_argument(
-        "--input-type", choices=["bf16", "fp16", "fp32", *_LATER_INPUT], help="what the checkpoint holds (checked)"
+        "--input-type",
+        choices=_INPUT_TYPES,
+        help="what the checkpoint holds (checked); int4 = compressed-tensors, auto = whatever it is",
     )
     parser.add_argument("--output", "-o", help="folder to write")
     parser.add_argument(
         "--quant-method",
-        choices=[*_METHOD_OF_QUANT, *_LATER_QUANT],
+        choices=[*_METHOD_OF_QUANT, *_REFUSED_QUANT],
         default="int4",
-        help="int4 = AMXINT4, int8 = AMXINT8, bf16 = BF16 (default int4)",
+        help="int4 = AMXINT4, int8 = AMXINT8, bf16 = BF16 (default int4); moe_int4, moe_int8: the same",
     )
     parser.add_argument("--group-size", type=int, help="int4: elements that share a scale, a multiple of 32; 0 = row")
     parser.add_argument("--verify", metavar="DIR", nargs="?", const="", help="check a converted folder (default: -o)")
@@ -77,15 +80,10 @@ def _check(args: argparse.Namespace) -> None:
         ]
         raise ValueError(f"{' and '.join(missing)} must be given; see --help.")
     _check_output(args.output)
-    if args.input_type in _LATER_INPUT:
+    if args.quant_method in _REFUSED_QUANT:
         raise ValueError(
-            f"--input-type {args.input_type} is not supported by this version of kt_kernel yet; convert from bf16, "
-            f"fp16 or fp32."
-        )
-    if args.quant_method in _LATER_QUANT:
-        raise ValueError(
-            f"--quant-method {args.quant_method} is not supported by this version of kt_kernel yet; use int4, int8 or "
-            f"bf16 ({', '.join(METHODS)})."
+            f"--quant-method {args.quant_method} is not made by kt_kernel; use int4, int8 or bf16 "
+            f"({', '.join(FLOAT_METHODS)}), or serve an AWQ checkpoint as it is with --kt-method AWQ."
         )
     if args.save_backward_weights:
         raise ValueError("--save-backward-weights is for fine-tuning, which kt_kernel does not do; leave it out.")

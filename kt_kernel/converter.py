@@ -12,18 +12,25 @@ from pathlib import Path
 
 import torch
 
-from kt_kernel.checkpoint import Checkpoint, describe_layers, resolve_folder
+from kt_kernel.checkpoint import Checkpoint, describe_layers, expert_weights, resolve_folder
 from kt_kernel.config import MoEConfig, usable_cpus
 from kt_kernel.experts import packed_bytes
 from kt_kernel.files import write_atomically
-from kt_kernel.methods import Method
+from kt_kernel.methods import Method, source_kind
 from kt_kernel.packed_folder import PackedDescription, manifest_tensors
 from kt_kernel.packed_writer import PackedMatrix, PackedWriter
 from kt_kernel.progress import Progress
 
 logger = logging.getLogger("kt_kernel.converter")
 
-_INPUT_TYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+# What --input-type calls the kinds of sources (kt_kernel/methods.py) that have other names.
+INPUT_TYPES = {
+    "fp8_block": "fp8",
+    "fp8_row": "fp8",
+    "pack_quantized": "int4",
+    "gptq_v2": "gptq",
+}
+ANY_INPUT = "auto"
 # Copied beside the experts, so that a converted folder tells which model it belongs to.
 _COPIED = (
     "config.json",
@@ -58,7 +65,7 @@ class ConvertOptions:
     group_size : int, optional
         int4 only; None: the method's own, 0: whole rows.
     input_type : str, optional
-        What the caller believes the checkpoint holds; checked against it.
+        What the caller believes the checkpoint holds, checked against it; None or ``"auto"``: whatever it is.
     num_threads : int
         Threads, each of which quantizes an expert; 0: as many as CPUs may be used. Does not change a byte of the
         result. However many there are, no more experts are in memory than one output file holds.
@@ -180,9 +187,8 @@ def _check_sizes(source: Checkpoint, layout: str) -> None:
 def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> PackedDescription:
     from kt_kernel import __version__
 
-    found = sorted({_INPUT_TYPES.get(dtype, dtype) for dtype in source.dtypes()})
-    input_type = found[0] if len(found) == 1 else "+".join(found)
-    if options.input_type is not None and options.input_type != input_type:
+    input_type = _input_type(source)
+    if options.input_type not in (None, ANY_INPUT, input_type):
         raise ValueError(
             f"--input-type is {options.input_type}, but the experts of {source.folder} are {input_type}; "
             f"give --input-type {input_type}."
@@ -208,6 +214,14 @@ def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> Packe
     )
 
 
+def _input_type(source: Checkpoint) -> str:
+    """What the experts are, in the words of --input-type; several where gate, up and down differ."""
+    layer = source.typical_layer
+    kinds = {source_kind(source.source(layer, 0, projection)[0]) for projection in ("gate", "up", "down")}
+    source.close()
+    return "+".join(sorted({INPUT_TYPES.get(kind, kind) for kind in kinds}))
+
+
 # --- one layer ---
 
 
@@ -227,7 +241,7 @@ def _convert_layer(
     share = source.expert_bytes(layer)
 
     def pack_expert(expert: int) -> tuple[PackedMatrix, PackedMatrix]:
-        weights = source.expert(layer, expert)
+        weights = expert_weights(source, layer, expert)
         w13 = _pack(source, layer, expert, layout, weights.gate, weights.up)
         w2 = _pack(source, layer, expert, layout, weights.down)
         progress.add(share)

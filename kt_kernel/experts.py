@@ -222,6 +222,39 @@ class CpuExperts:
         torch.ops.kt_kernel.load_experts(self._handle, list(experts), list(gate), list(up), list(down))
         self._check_tiles()
 
+    def load_sources(
+        self,
+        experts: Sequence[int],
+        w13_source: str,
+        w2_source: str,
+        gate: Sequence[torch.Tensor],
+        up: Sequence[torch.Tensor],
+        down: Sequence[torch.Tensor],
+    ) -> None:
+        """Pack experts that are encoded in some way, on the pool.
+
+        Codes are kept where the layer's layouts are those of the sources (``torch.ops.kt_kernel.source_layout``);
+        where they are layouts of :meth:`load_experts`, weights are decoded and quantized.
+
+        Parameters
+        ----------
+        experts : sequence of int
+            Ids to fill.
+        w13_source, w2_source : str
+            What gate and up, and down, are (``csrc/format/source.h``).
+        gate, up, down : sequence of Tensor
+            Parts of the sources, those of one id after the other.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            Parts of another form, a scale that is NaN or infinite, an expert that does not live here.
+        """
+        torch.ops.kt_kernel.load_source(
+            self._handle, list(experts), w13_source, w2_source, list(gate), list(up), list(down)
+        )
+        self._check_tiles()
+
     def load_packed(self, experts: Sequence[int], w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> None:
         """Copy packed experts to the nodes that own them.
 

@@ -13,7 +13,7 @@ from kt_kernel import loader
 from kt_kernel.checkpoint import model_sizes, resolve_folder
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.device_experts import device_experts
-from kt_kernel.experts import CpuExperts
+from kt_kernel.experts import CpuExperts, Layouts
 from kt_kernel.methods import get_method
 from kt_kernel.packed_folder import is_packed_folder, read_manifest
 from kt_kernel.wrapper import KTMoEWrapper
@@ -307,8 +307,13 @@ class HybridMoE(nn.Module):
     # --- state ---
 
     def _keys(self, prefix: str) -> tuple[str, str, str]:
-        layout = get_method(self.wrapper.method).layout
-        return prefix + "gpu_experts_mask", f"{prefix}cpu_experts.{layout}.w13", f"{prefix}cpu_experts.{layout}.w2"
+        w13, w2 = self._layouts()
+        return prefix + "gpu_experts_mask", f"{prefix}cpu_experts.{w13}.w13", f"{prefix}cpu_experts.{w2}.w2"
+
+    def _layouts(self) -> Layouts:
+        """Those of the experts that are here; before there are any, those the method packs floats into."""
+        experts = self.wrapper.moe
+        return (get_method(self.wrapper.method).layout,) * 2 if experts is None else experts.layouts
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -347,7 +352,7 @@ class HybridMoE(nn.Module):
             return
         ids = [expert for expert in range(self.config.num_experts) if not self._on_device(expert)]
         try:
-            experts = self.wrapper._new_experts((get_method(self.wrapper.method).layout,) * 2)
+            experts = self.wrapper._new_experts(self._layouts())
             experts.load_packed(ids, list(w13.cpu()), list(w2.cpu()))
             self.wrapper._adopt(experts)
         except (ValueError, RuntimeError) as error:

@@ -17,8 +17,8 @@ class Method:
     description : str
         One line for tables and messages.
     packed : str
-        Versioned layout key (``csrc/format/packed_layout.h``) that weights of any kind are packed into; empty: codes and
-        scales stay as the files have them, and their source decides the layout.
+        Versioned layout key (``csrc/format/packed_layout.h``) that weights of any kind are packed into; empty: codes
+        and scales stay as the files have them, and their source decides the layout.
     sources : tuple of str
         The kinds of sources (:func:`source_kind`) whose codes are kept.
     formats : tuple of str
@@ -140,7 +140,17 @@ METHODS: dict[str, Method] = {
             "GGUF files: the codes of each tensor's own type",
             sources=("gguf",),
             formats=(
-                "int8h", "int6k", "int5h", "int5m", "int5km", "int4h", "int4m", "int4km", "int3k", "int2km", "iq4h",
+                "int8h",
+                "int6k",
+                "int5h",
+                "int5m",
+                "int5km",
+                "int4h",
+                "int4m",
+                "int4km",
+                "int3k",
+                "int2km",
+                "iq4h",
                 "iq4k",
             ),  # fmt: skip
         ),

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Sapphire Rapids lack.
 FEATURES = ("reference", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amxint8", "amxbf16")
 ACTIVATIONS = {"kInt8": "int8", "kUint8": "int8 + 128", "kBFloat16": "bf16"}
-WEIGHTS = {"kInt8": "int8", "kInt4": "int4", "kBFloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,11 @@ def feature_name(constant: str) -> str:
     return constant.strip().removeprefix("kIsa").lower()
 
 
+def format_name(constant: str) -> str:
+    """``kInt4KM`` -> ``int4km``: a weight format as layout keys name it."""
+    return "bf16" if constant == "kBFloat16" else constant.removeprefix("k").lower()
+
+
 def read_kernels(text: str) -> list[KernelRow]:
     """Rows of kernels.inc, in its order."""
     text = re.sub(r"//[^\n]*|(?m:^\s*#.*$)", "", text)
@@ -65,7 +69,7 @@ def read_kernels(text: str) -> list[KernelRow]:
         needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
         if macro in ("GEMM", "TILE_GEMM"):
             groups = fields[8] if macro == "TILE_GEMM" else "kAny"
-            rows.append(KernelRow(fields[0], needs, WEIGHTS[fields[2]], ACTIVATIONS[fields[3]], fields[5], groups))
+            rows.append(KernelRow(fields[0], needs, format_name(fields[2]), ACTIVATIONS[fields[3]], fields[5], groups))
         else:
             rows.append(KernelRow(fields[0], needs))
     return rows
@@ -78,22 +82,28 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def fits(row: KernelRow, layout: str) -> bool:
-    """Whether a row is for the int4 groups of a layout, by the rule of ``Groups`` in registry.h."""
+    """Whether a row is for the groups of a layout, by the rule of ``Groups`` in registry.h.
+
+    Without a layout: for codes of files, whose activations have a scale each block and so no wide groups.
+    """
     group = re.match(r"int4g(\d+)_", layout)
     size = int(group.group(1)) if group else 0
-    wide = size == 0 or (size >= 128 and size % 64 == 0)
+    wide = bool(layout) and (size == 0 or (size >= 128 and size % 64 == 0))
     return row.groups == "kAny" or (row.groups == "kWide") == wide
 
 
-def methods_table(kernels: list[KernelRow], methods: dict) -> str:
-    """Methods by feature: *yes* where the method has kernels of its own for the feature."""
+def methods_table(kernels: list[KernelRow], methods: ModuleType) -> str:
+    """Methods by feature: *yes* where the method has kernels of its own for the feature, for all of its formats."""
     features = [name for name in FEATURES if any(row.feature == name for row in kernels)]
     rows = []
-    for method in methods.values():
-        own = {row.feature for row in kernels if row.weight == method.weight_dtype and fits(row, method.layout)}
-        cells = ["yes" if feature in own else "-" for feature in features]
-        rows.append([f"`{method.name}`", f"`{method.layout}`", *cells, method.description])
-    return markdown_table(["Method", "Layout", *features, "Weights"], rows)
+    for method in methods.METHODS.values():
+        formats = method.formats or (method.weight_dtype,)
+        own = [{row.feature for row in kernels if row.weight == f and fits(row, method.packed)} for f in formats]
+        cells = ["yes" if all(feature in have for have in own) else "-" for feature in features]
+        layout = f"`{method.packed}`" if method.packed else ", ".join(formats)
+        others = [f"`{alias}`" for alias, name in methods.ALIASES.items() if name == method.name]
+        rows.append([", ".join([f"`{method.name}`", *others]), layout, *cells, method.description])
+    return markdown_table(["Method", "Layout or weight formats", *features, "Weights"], rows)
 
 
 def kernels_table(kernels: list[KernelRow]) -> str:
@@ -106,7 +116,7 @@ def tables() -> dict[str, str]:
     """Every generated table by the name of its markers."""
     kernels = read_kernels((ROOT / "csrc/kernels/kernels.inc").read_text())
     return {
-        "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py").METHODS),
+        "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py")),
         "kernels": kernels_table(kernels),
         "flags": load_source(ROOT / "kt_kernel/integrations/sglang/flags.py").flags_table(),
         "environment": load_source(ROOT / "kt_kernel/config.py").environment_table(),

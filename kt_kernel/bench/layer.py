@@ -30,7 +30,7 @@ from kt_kernel.bench import conditions
 from kt_kernel.bench.shapes import SHAPES, Shape
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
-from kt_kernel.methods import METHODS, get_method, weight_dtype_of
+from kt_kernel.methods import FLOAT_METHODS, get_method, weight_dtype_of
 
 # Weights must not fit the last-level cache, and everything must fit the machine: of the layers of all thread counts.
 MAX_WEIGHT_BYTES = 3 << 30
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which layer is measured, and how often."""
-    parser.add_argument("--method", default="AMXINT8", choices=list(METHODS))
+    parser.add_argument("--method", default="AMXINT8", choices=list(FLOAT_METHODS))
     parser.add_argument("--group-size", type=int, help="AMXINT4: weights under one scale, 0 for the whole row")
     parser.add_argument("--shape", default="qwen3-30b", choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=40)

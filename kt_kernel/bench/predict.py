@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kt_kernel.bench.shapes import SHAPES, Shape
 from kt_kernel.experts import packed_bytes
-from kt_kernel.methods import METHODS, Method
+from kt_kernel.methods import FLOAT_METHODS, Method
 
 # Both barriers of a layer with a hundred threads; two threads need 0.2 to 0.3 us (docs/measurements.md).
 DISPATCH_SECONDS = 5e-6
@@ -187,7 +187,7 @@ def cells(machine: Machine, shape: Shape, batches: tuple[int, ...], gpu_seconds:
             "experts_alone": tokens_per_s(machine, shape, method, tokens),
             "with_gpu_part": tokens_per_s(machine, shape, method, tokens, gpu_seconds[tokens]),
         }
-        for method in METHODS.values()
+        for method in FLOAT_METHODS.values()
         for tokens in batches
     ]
 
@@ -226,7 +226,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def tables(gpu_us: float, gpu_prefill_us: float) -> str:
     """The predictions as text in Markdown."""
     result = as_json(gpu_us, gpu_prefill_us)
-    methods = list(METHODS.values())
+    methods = list(FLOAT_METHODS.values())
     names = [method.name for method in methods]
     parts = ["### Machines\n", machines_table(methods), "### Models\n", models_table(methods)]
     for machine in result["machines"]:
@@ -246,7 +246,7 @@ def tables(gpu_us: float, gpu_prefill_us: float) -> str:
 
 def machines_table(methods: list[Method]) -> str:
     """Limits of the machines, and from how many rows of an expert they multiply longer than they read."""
-    int8, bf16 = METHODS["AMXINT8"], METHODS["BF16"]
+    int8, bf16 = FLOAT_METHODS["AMXINT8"], FLOAT_METHODS["BF16"]
     rows = [
         [
             machine.name,

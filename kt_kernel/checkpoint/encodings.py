@@ -247,15 +247,13 @@ def group_size(encoding: str, headers: Mapping[str, Header], k: int, declared: Q
     unit = 16 if encoding == "nvfp4" else 32
     if encoding in _GROUPED and (k % size or size % unit):
         raise ValueError(
-            f"has scales for groups of {size} of {k} elements; kt_kernel reads groups that divide them and are a multiple "
-            f"of {unit}"
+            f"has scales for groups of {size} of {k} elements; kt_kernel reads groups that divide them and are a "
+            f"multiple of {unit}"
         )
     return size
 
 
-def numbers_of(
-    encoding: str, headers: Mapping[str, Header], n: int, k: int, declared: Quantization | None
-) -> Numbers:
+def numbers_of(encoding: str, headers: Mapping[str, Header], n: int, k: int, declared: Quantization | None) -> Numbers:
     """What the shapes of the tensors must follow; errors are those of :func:`group_size`."""
     block = declared.block if declared else None
     return Numbers(n, k, group_size(encoding, headers, k, declared), block or (128, 128))

@@ -126,7 +126,9 @@ class _Reader:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{key} in {self._source} is {value!r}, which is no whole number; copy the file again.")
+                raise ValueError(
+                    f"{key} in {self._source} is {value!r}, which is no whole number; copy the file again."
+                )
             return value
         return None
 

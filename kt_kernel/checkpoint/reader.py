@@ -38,8 +38,9 @@ class _Stored(NamedTuple):
     encoding: str
     weight_type: str  # as safetensors writes it; only to be said
     numbers: Numbers
-    transposed: bool
+    merged: bool  # gate and up in one tensor
     interleaved: bool
+    transposed: bool = False
 
 
 _Parts = dict[str, _Place]
@@ -265,8 +266,8 @@ class Checkpoint:
             types = ", ".join(f"{part} {header.type}" for part, header in headers.items())
             titles = ", ".join(encoding.title for encoding in ENCODINGS.values())
             raise ValueError(
-                f"tensor {name} of {self.folder} is quantized in a way that kt_kernel does not read ({types}); it reads "
-                f"{titles}."
+                f"tensor {name} of {self.folder} is quantized in a way that kt_kernel does not read ({types}); it "
+                f"reads {titles}."
             )
         self._check_declared(found, name)
         if encodings.is_asymmetric(set(parts)):
@@ -279,7 +280,10 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"tensor {name} {error}.") from None
         weight = ENCODINGS[found].parts[0].find(headers)
-        return _Stored(found, headers[weight].type if weight else "", numbers, False, is_interleaved(set(parts)))
+        merged = projection == "gate_up"
+        return _Stored(
+            found, headers[weight].type if weight else "", numbers, merged, merged and is_interleaved(set(parts))
+        )
 
     def _one_expert(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[1:] if shape[:1] == (self.sizes.num_experts,) else shape
@@ -296,8 +300,8 @@ class Checkpoint:
                 f"bf16, or quantized in another way."
             )
         raise ValueError(
-            f"config.json of {self.folder} says {declared.name}, but tensor {name} is of {ENCODINGS[found].title}; copy "
-            f"the checkpoint again."
+            f"config.json of {self.folder} says {declared.name}, but tensor {name} is of {ENCODINGS[found].title}; "
+            f"copy the checkpoint again."
         )
 
     def _with_orientation(self, layer: int, stored: dict[str, _Stored]) -> dict[str, _Stored]:
@@ -405,8 +409,8 @@ class Checkpoint:
     def _split_block(self, kind: _Stored) -> tuple[int, int]:
         """The block of an fp8 scale of gate or of up alone: of single rows where the tensor of both cannot be cut."""
         rows, columns = kind.numbers.block
-        uneven = kind.numbers.n == 2 * self.sizes.intermediate_size and self.sizes.intermediate_size % rows
-        return (1, columns) if uneven or kind.interleaved else (rows, columns)
+        uneven = kind.merged and (kind.interleaved or self.sizes.intermediate_size % rows)
+        return (1, columns) if uneven else (rows, columns)
 
     def _half(self, tensor: torch.Tensor, kind: _Stored, *, is_scale: bool, first: bool) -> torch.Tensor:
         """Rows of gate, or of up, of a tensor of both."""
@@ -437,4 +441,3 @@ class Checkpoint:
 def _used(encoding: str, present: _Parts) -> list[str]:
     """Names of the tensors that an encoding reads."""
     return [name for part in ENCODINGS[encoding].parts if (name := part.find(present))]
-

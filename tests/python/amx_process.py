@@ -22,7 +22,7 @@ from kt_kernel.bench.kernels import FORMATS
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.environment import wrong_values
 from kt_kernel.experts import CpuExperts, get_engine
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 E, K, H, INNER = 4, 2, 192, 160
 # AMXINT4 in groups of two products and with one scale a row
@@ -79,7 +79,7 @@ def load(name: str, layer_idx: int) -> Layer:
     """A method in a KTMoEWrapper, or a layout no method has."""
     sizes = {"num_experts": E, "hidden_size": H}
     weights = weights_of_a_layer()
-    if name in METHODS:
+    if name in FLOAT_METHODS:
         wrapper = KTMoEWrapper(
             layer_idx, num_experts_per_tok=K, moe_intermediate_size=INNER, cpuinfer_threads=2, threadpool_count=1,
             method=name, **sizes,
@@ -100,7 +100,7 @@ def layers(amx: Interpreter, file: str) -> dict:
     logging.getLogger("kt_kernel").addHandler(handler)
     logging.getLogger("kt_kernel").setLevel(logging.INFO)
     found, outputs = {}, {}
-    for name in (*METHODS, *WIDE):
+    for name in (*FLOAT_METHODS, *WIDE):
         first, second = load(name, 0), load(name, 1)
         products = {}
         for tokens in TOKENS:

@@ -15,6 +15,8 @@ STYLES = {
     "long": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     "block_sparse": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
     "short": ("experts", ("w1", "w3", "w2")),
+    "ffn": ("ffn.experts", ("w1", "w3", "w2")),
+    "feed_forward": ("feed_forward.experts", ("gate_proj", "up_proj", "down_proj")),
 }
 
 

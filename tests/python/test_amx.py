@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kt_kernel import _ext
 from kt_kernel.bench.kernels import FORMATS
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 NEEDED = ("avx512vnni", "avx512bf16")  # what the kernels in tiles use beside them
 pytestmark = pytest.mark.skipif(
@@ -133,7 +133,7 @@ def test_results_are_those_of_avx512(layers: Callable[..., Layers], name: str, t
     assert 0 < apart < ROUNDING[name]  # 0 would be the kernel of AVX-512
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FLOAT_METHODS)
 def test_a_layer_in_tiles_equals_the_torch_moe(layers: Callable[..., Layers], method: str) -> None:
     wanted = moe_reference(*batch(60), *weights_of_a_layer())
     assert relative_error(layers().outputs[method, 60], wanted) < BOUNDS[method]

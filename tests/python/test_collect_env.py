@@ -16,7 +16,7 @@ from kt_kernel import __version__, _ext, device_stream
 from kt_kernel.collect_env import collect, explain, format_report, load_readings, main
 from kt_kernel.config import ENVIRONMENT, environment_table
 from kt_kernel.environment import CHECKS
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS, METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = sorted((ROOT / "tests/data/cpus").glob("*.json"))
@@ -28,7 +28,8 @@ def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["versions"]["kt_kernel"] == __version__
     assert report["isa"] == {key: value for key, value in _ext.cpu_features().items() if key != "cpu_name"}
     assert len(report["kernels"]["table"]) == len(_ext.list_kernels())
-    assert set(report["kernels"]["choice"]) == {method.weight_dtype for method in METHODS.values()}
+    assert set(report["kernels"]["choice"]) == {method.weight_dtype for method in FLOAT_METHODS.values()}
+    assert set(report["methods"]) == set(METHODS)
     assert report["topology"]["num_cores"] >= 1
     assert set(report["readings"]) == set(_ext.cpu_readings()) and report["readings"]["brand"]
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from kt_kernel import _ext
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.experts import CpuExperts, get_engine
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 E, K, H, INNER = 6, 2, 128, 96
 OPS = torch.ops.kt_kernel
-LAYOUTS = [method.layout for method in METHODS.values()]
+LAYOUTS = [method.layout for method in FLOAT_METHODS.values()]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def weights():
 def layer(weights) -> CpuExperts:
     experts = CpuExperts(
         MoEConfig(layer_idx=5, num_experts=E, top_k=K, hidden_size=H, intermediate_size=INNER),
-        layouts=(METHODS["AMXINT8"].layout,) * 2,
+        layouts=(FLOAT_METHODS["AMXINT8"].layout,) * 2,
         engine=get_engine(EngineConfig(num_threads=2)),
     )
     experts.load_experts(range(E), list(weights.gate), list(weights.up), list(weights.down))

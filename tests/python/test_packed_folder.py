@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from kt_kernel import KTMoEWrapper, converter, files, packed_folder, packed_writer
 from kt_kernel.converter import ConvertOptions, convert
 from kt_kernel.loader import open_source
-from kt_kernel.methods import METHODS, get_method
+from kt_kernel.methods import FLOAT_METHODS, get_method
 from kt_kernel.packed_folder import PackedDescription, PackedFolder, encode_manifest, read_manifest, verify
 
 E, H, INNER = 4, 64, 48
@@ -58,7 +58,7 @@ def rewrite_manifest(folder: Path, **changes) -> None:
 def test_the_manifest_says_what_was_made_from_what(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest["format"] == "kt-packed-experts" and manifest["format_version"] == 2
-    assert (manifest["method"], manifest["layout"]) == ("AMXINT4", METHODS["AMXINT4"].layout)
+    assert (manifest["method"], manifest["layout"]) == ("AMXINT4", FLOAT_METHODS["AMXINT4"].layout)
     assert manifest["moe_layers"] == list(LAYERS) and manifest["complete"] is True
     assert manifest["model"]["num_experts"] == E and manifest["input_type"] == "bf16"
     assert manifest["source_sha256"].keys() == {"model.safetensors"} == manifest["source_bytes"].keys()
@@ -252,7 +252,7 @@ def test_tensors_of_wrong_size_are_refused(folder: Path) -> None:
         make_wrapper(folder).load_weights(torch.arange(E))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(FLOAT_METHODS))
 @pytest.mark.parametrize("group_size", [None, 64, 0])
 def test_converted_and_online_experts_are_the_same_bytes(tmp_path: Path, method: str, group_size: int | None) -> None:
     if group_size is not None and method != "AMXINT4":

@@ -12,10 +12,10 @@ import pytest
 
 from kt_kernel.bench import predict
 from kt_kernel.bench.shapes import SHAPES
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-INT8, BF16 = METHODS["AMXINT8"], METHODS["BF16"]
+INT8, BF16 = FLOAT_METHODS["AMXINT8"], FLOAT_METHODS["BF16"]
 # reads 100 GB/s and multiplies 20 TOPS with int8
 MACHINE = predict.Machine("test", 1, 200.0, 0.5, 100, 2.0, 100)
 
@@ -76,7 +76,7 @@ def test_a_long_prefill_is_bound_by_multiplying() -> None:
     assert predict.layer_seconds(MACHINE, shape, INT8, 8192) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", FLOAT_METHODS.values(), ids=FLOAT_METHODS)
 def test_reading_and_multiplying_meet_at_the_crossover(method: predict.Method) -> None:
     shape = SHAPES["kimi-k2"]
     tokens = predict.crossover_rows(MACHINE, shape, method) * shape.num_experts / shape.top_k

@@ -12,7 +12,7 @@ from kt_kernel import _ext
 from kt_kernel.config import MoEConfig
 from kt_kernel.experts import CpuExperts, scratch_bytes
 from kt_kernel.integrations.sglang import checks
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 EXPERTS, THREADS = 32, 2
 HUGE_PAGE = 2 << 20
@@ -48,7 +48,7 @@ def check_batches(layout: str, config: MoEConfig, batches: list[int]) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 32])
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(64, 32), (144, 528)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FLOAT_METHODS)
 def test_buffers_are_no_larger_than_estimated(
     method: str, hidden_size: int, intermediate_size: int, top_k: int
 ) -> None:
@@ -56,7 +56,7 @@ def test_buffers_are_no_larger_than_estimated(
         layer_idx=0, num_experts=EXPERTS, top_k=top_k, hidden_size=hidden_size, intermediate_size=intermediate_size
     )
     for batches in (BATCHES, BATCHES[:1:-1]):
-        check_batches(METHODS[method].layout, config, batches)
+        check_batches(FLOAT_METHODS[method].layout, config, batches)
 
 
 def test_two_layouts_share_the_largest_of_each_buffer() -> None:
@@ -64,7 +64,7 @@ def test_two_layouts_share_the_largest_of_each_buffer() -> None:
         "num_experts": 128, "hidden_size": 2048, "intermediate_size": 768, "num_tokens": 4096, "top_k": 8,
         "num_threads": 4,
     }  # fmt: skip
-    int4, bf16 = ((METHODS[name].layout,) * 2 for name in ("AMXINT4", "BF16"))
+    int4, bf16 = ((FLOAT_METHODS[name].layout,) * 2 for name in ("AMXINT4", "BF16"))
     both = scratch_bytes([int4, bf16], **sizes)
     one = [scratch_bytes([layout], **sizes) for layout in (int4, bf16)]
     assert max(one) <= both < sum(one)
@@ -78,7 +78,7 @@ def test_a_forward_is_as_large_as_its_chunk(chunk: int | None, tokens: int) -> N
     )  # fmt: skip
     assert checks.batch_tokens(args) == tokens
     assert checks.batch_tokens(SimpleNamespace(**{**vars(args), "enable_dp_attention": True})) == 4 * tokens
-    source = checks.ExpertSource(Path(), ((METHODS["AMXINT8"].layout,) * 2,) * 58, 256, 7168, 2048)
+    source = checks.ExpertSource(Path(), ((FLOAT_METHODS["AMXINT8"].layout,) * 2,) * 58, 256, 7168, 2048)
     found = checks.forward_bytes(args, source, num_tokens=tokens, top_k=8)
     # DeepSeek-V3: 32768 rows x 2048 in fp32 and int8, 4096 tokens x 7168 in int8, each an eighth more; with AMX these
     # rows in both sizes once more, each expert's in whole tiles

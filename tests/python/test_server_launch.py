@@ -48,7 +48,7 @@ REFUSALS = {
     "no_weight_path": (["--kt-cpuinfer", "2"], ["--kt-weight-path", "no expert would run on the CPU"]),
     "no_weight_path_default_method": (["--kt-method", "AMXINT4"], ["--kt-weight-path"]),
     "unknown_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "INT9"], ["--kt-method", "'INT9'", *METHODS]),
-    "later_method": (["--kt-weight-path", "WEIGHTS", "--kt-method", "FP8"], ["--kt-method", "FP8", *METHODS]),
+    "other_files": (["--kt-weight-path", "WEIGHTS", "--kt-method", "FP8"], ["unquantized weights", "FP8", "BF16"]),
     "missing_folder": (["--kt-weight-path", "/nowhere/at/all"], ["--kt-weight-path", "/nowhere/at/all"]),
     "empty_folder": (["--kt-weight-path", "EMPTY"], ["--kt-weight-path", "config.json"]),
     "too_many_gpu_experts": (

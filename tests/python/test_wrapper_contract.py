@@ -112,7 +112,7 @@ def test_more_pools_than_nodes_are_clamped_with_one_warning(caplog: pytest.LogCa
     [
         ({"future_option": 7}, TypeError, "future_option=7"),
         ({"mode": "sft"}, ValueError, "mode 'sft'"),
-        ({"method": "FP8"}, ValueError, "FP8 is not supported by this version.*AMXINT8, AMXINT4, BF16"),
+        ({"method": "SYCL_GPTQ_INT4"}, ValueError, "SYCL_GPTQ_INT4 computes on Intel GPUs.*GPTQ_INT4"),
         ({"method": "INT3"}, ValueError, "'INT3' is unknown.*AMXINT8, AMXINT4, BF16"),
         ({"swiglu_limit": 7.0}, ValueError, "swiglu_limit is 7.0"),
         ({"swiglu_alpha": 1.7}, ValueError, "swiglu_alpha is 1.7"),

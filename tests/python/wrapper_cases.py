@@ -6,10 +6,10 @@ import torch
 from checkpoints import Experts
 
 from kt_kernel import KTMoEWrapper
-from kt_kernel.methods import METHODS
+from kt_kernel.methods import FLOAT_METHODS
 
 E, K, H, INNER = 8, 2, 192, 96
-METHOD_NAMES = list(METHODS)
+METHOD_NAMES = list(FLOAT_METHODS)
 
 
 def make(method: str = "AMXINT8", **changes) -> KTMoEWrapper:

@@ -237,17 +237,13 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
     Raises
     ------
     ValueError
-        Unknown method, one whose kernels KT_GEMM asks for and this CPU does not have, nothing there that holds experts,
-        or a folder converted for another method.
+        Unknown method, nothing there that holds experts for it, or kernels that KT_GEMM asks for and this CPU does not
+        have.
     """
     try:
         method = get_method(method_name)
     except ValueError as error:
         raise ValueError(f"--kt-method: {error}") from None
-    try:
-        _ext.explain_kernels(method.layout)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
     try:
         source = open_source(weight_path, method)
     except ValueError as error:
@@ -270,7 +266,15 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
     )
-    layouts = tuple(source.layouts(layer) for layer in layers)
+    try:
+        layouts = tuple(source.layouts(layer) for layer in layers)
+    except ValueError as error:
+        raise ValueError(f"--kt-weight-path: {error}") from None
+    try:
+        for layout in sorted({layout for pair in layouts for layout in pair}):
+            _ext.explain_kernels(layout)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     return ExpertSource(source.folder, layouts, num_experts, hidden_size, intermediate_size)
 
 
