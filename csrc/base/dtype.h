@@ -125,4 +125,22 @@ inline uint16_t float_to_fp16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+// e4m3fn: exponent bias 7, no infinity; both NaN become a quiet NaN.
+inline float fp8_to_float(uint8_t code) {
+  const uint32_t sign = uint32_t{code & 0x80u} << 24;
+  const uint32_t magnitude = code & 0x7fu;
+  uint32_t bits = (magnitude << 20) + (120u << 23);
+  if (magnitude == 0x7fu) {
+    bits = 0x7fc00000u;
+  } else if (magnitude < 8u) {
+    // zero or subnormal: a multiple of 2^-9, exact in fp32
+    const float value = static_cast<float>(magnitude) * 0x1p-9f;
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  bits |= sign;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 }  // namespace kt

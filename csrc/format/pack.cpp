@@ -1,120 +1,155 @@
 // Given codes to panels, panels to codes and values, and the rows of a panel.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 
 #include "base/check.h"
 #include "base/hadamard.h"
 #include "base/span.h"
+#include "format/panel_codes.h"
 #include "format/quantize.h"
 
 namespace kt {
 namespace {
 
-// Calls body(k, column, word) for the 32-bit word of every k-step (codes_per_word of k) and column
-// of a panel part of `count` k. Blocks of k keep the lines in cache while the columns go by.
-template <typename Byte, typename Body>
-void for_each_word(Byte* part, int64_t count, int codes_per_word, Body&& body) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    for (int column = 0; column < kPackedColumns; ++column) {
-      for (int64_t k = begin; k < end; k += codes_per_word) {
-        body(k, column, part + k / codes_per_word * kPackedStepBytes + column * 4);
-      }
-    }
-  }
-}
-
-void check_codes(const int8_t* codes, int64_t padded_k, int low, int high) {
+// Throws for the first code that the layout has not.
+void check_codes(const CodedPanel& panel) {
+  const WeightFormatInfo& info = format_info(panel.layout.format);
+  const bool is_fp8 = info.code == DType::kFp8;
+  // -128 is kept out: kernels multiply |code| by |activation| in pairs that must fit int16
+  const int low = info.code == DType::kInt8 ? 1 : 0;
+  const int high = is_fp8 ? 0x7e : (1 << dtype_bits(info.code)) - 1;
+  const int mask = is_fp8 ? 0x7f : 0xff;
   for (int column = 0; column < kPackedColumns; ++column) {
-    const int8_t* const row = codes + column * padded_k;
-    int smallest = 0, largest = 0;
-    for (int64_t k = 0; k < padded_k; ++k) {
-      smallest = std::min<int>(smallest, row[k]);
-      largest = std::max<int>(largest, row[k]);
+    const uint8_t* const row = panel.row(column);
+    uint8_t smallest = 255, largest = 0;
+    for (int64_t k = 0; k < panel.padded_k; ++k) {
+      const auto code = static_cast<uint8_t>(row[k] & mask);
+      smallest = std::min(smallest, code);
+      largest = std::max(largest, code);
     }
     if (smallest >= low && largest <= high) continue;
     int64_t k = 0;
-    while (row[k] >= low && row[k] <= high) ++k;
-    KT_CHECK(false, "code " << int{row[k]} << " at row " << column << ", column " << k
-                            << " of the panel is outside " << low << ".." << high
+    while ((row[k] & mask) >= low && (row[k] & mask) <= high) ++k;
+    KT_CHECK(!is_fp8, "the weight at row " << column << ", column " << k
+                                           << " of the panel is NaN; repair the checkpoint");
+    const int offset = info.table == nullptr ? info.code_offset : 0;
+    const int code = offset == 0 ? row[k] : static_cast<int8_t>(row[k] - offset);
+    KT_CHECK(false, "code " << code << " at row " << column << ", column " << k
+                            << " of the panel is outside " << low - offset << ".." << high - offset
                             << " of the layout");
   }
 }
 
-void check_scales(const float* scales, int64_t num_groups, float limit) {
-  for (int64_t i = 0; i < kPackedColumns * num_groups; ++i) {
-    KT_CHECK(std::abs(scales[i]) <= limit, "scale " << scales[i] << " at row " << i / num_groups
-                                                    << ", group " << i % num_groups
-                                                    << " of the panel must be finite");
+// The number types of scales.
+struct Bf16 {
+  using Bits = uint16_t;
+  static constexpr const char* kName = "bf16";
+  static Bits to_bits(float value) { return float_to_bf16(value); }
+  static float to_float(Bits bits) { return bf16_to_float(bits); }
+};
+struct Fp16 {
+  using Bits = uint16_t;
+  static constexpr const char* kName = "fp16";
+  static Bits to_bits(float value) { return float_to_fp16(value); }
+  static float to_float(Bits bits) { return fp16_to_float(bits); }
+};
+struct Fp32 {
+  using Bits = uint32_t;
+  static constexpr const char* kName = "fp32";
+  static Bits to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+  static float to_float(Bits bits) { return std::bit_cast<float>(bits); }
+};
+
+// visit(type, name, values) for what stands beside a group, a block of 256 k and the whole panel,
+// in the order of packed_layout.h; bytes have no type and no name.
+template <typename Panel, typename Visit>
+void visit_group(Panel& panel, Visit&& visit) {
+  switch (format_info(panel.layout.format).scales) {
+    case ScaleForm::kNone:
+    case ScaleForm::kRow: return;
+    case ScaleForm::kBf16:
+    case ScaleForm::kColumn: return visit(Bf16{}, "scale", panel.scale);
+    case ScaleForm::kFp16: return visit(Fp16{}, "scale", panel.scale);
+    case ScaleForm::kFp32: return visit(Fp32{}, "scale", panel.scale);
+    case ScaleForm::kFp16Zero: visit(Fp16{}, "scale", panel.scale); return visit(panel.zero);
+    case ScaleForm::kFp16Min:
+      visit(Fp16{}, "scale", panel.scale);
+      return visit(Fp16{}, "minimum", panel.minimum);
+    case ScaleForm::kBlock: return visit(panel.sub_scale);
+    case ScaleForm::kBlockMin: visit(panel.sub_scale); return visit(panel.sub_minimum);
   }
 }
 
-void pack_int8(int64_t padded_k, const int8_t* codes, const float* scales, uint8_t* dst) {
-  // -128 is kept out: |a| * |w| of two neighbours must fit the int16 of the AVX2 product
-  check_codes(codes, padded_k, -127, 127);
-  check_scales(scales, 1, std::numeric_limits<float>::max());
-  int32_t compensation[kPackedColumns] = {};
-  for_each_word(dst, padded_k, 4, [&](int64_t k, int column, uint8_t* word) {
-    const int8_t* const code = codes + column * padded_k + k;
-    compensation[column] -= 128 * (code[0] + code[1] + code[2] + code[3]);
-    std::memcpy(word, code, 4);
-  });
-  uint8_t* const tail = dst + padded_k * kPackedColumns;
-  std::memcpy(tail, compensation, sizeof compensation);
-  std::memcpy(tail + sizeof compensation, scales, kPackedColumns * sizeof(float));
+template <typename Panel, typename Visit>
+void visit_block(Panel& panel, Visit&& visit) {
+  visit(Fp16{}, "scale of 256 weights", panel.block_scale);
+  if (!panel.block_minimum.empty()) visit(Fp16{}, "minimum of 256 weights", panel.block_minimum);
 }
 
-void pack_int4(const PackedLayout& layout, int64_t k, const int8_t* codes, const float* scales,
-               uint8_t* dst) {
-  const int64_t padded_k = layout.padded_k(k);
-  const int64_t group_size = layout.effective_group_size(k);
-  const int64_t num_groups = layout.num_groups(k);
-  check_codes(codes, padded_k, -8, 7);
-  check_scales(scales, num_groups, 0x1.fep127f);  // the largest bf16
-  for (int64_t group = 0; group < num_groups; ++group) {
-    const int64_t begin = group * group_size;
-    const int64_t count = std::min(group_size, padded_k - begin);
-    for_each_word(dst, count, 8, [&](int64_t k_in_group, int column, uint8_t* word) {
-      const int8_t* const code = codes + column * padded_k + begin + k_in_group;
-      for (int j = 0; j < 4; ++j)
-        word[j] = static_cast<uint8_t>((code[j] + 8) | ((code[4 + j] + 8) << 4));
-    });
-    dst += count / 8 * kPackedStepBytes;
-    for (int column = 0; column < kPackedColumns; ++column) {
-      const uint16_t bits = float_to_bf16(scales[column * num_groups + group]);
-      std::memcpy(dst + column * sizeof bits, &bits, sizeof bits);
+template <typename Panel, typename Visit>
+void visit_tail(Panel& panel, Visit&& visit) {
+  const ScaleForm form = format_info(panel.layout.format).scales;
+  if (form == ScaleForm::kRow) visit(Fp32{}, "scale", panel.scale);
+  if (form == ScaleForm::kColumn) visit(Fp32{}, "scale of a row", panel.column_scale);
+}
+
+// Writes the 64 values of one group (or block) after the other to `dst`. Each keeps its bits, or is
+// refused.
+struct Packer {
+  int64_t group;
+  uint8_t* dst;
+
+  template <typename Type>
+  void operator()(Type, const char* name, const std::vector<float>& values) {
+    for (int row = 0; row < kPackedColumns; ++row, dst += sizeof(typename Type::Bits)) {
+      const float value = values[group * kPackedColumns + row];
+      const typename Type::Bits bits = Type::to_bits(value);
+      KT_CHECK(std::isfinite(value), name << " " << value << " at row " << row << ", group "
+                                          << group << " of the panel must be finite");
+      KT_CHECK(Type::to_float(bits) == value,
+               name << " " << value << " at row " << row << ", group " << group
+                    << " of the panel is no number of " << Type::kName
+                    << ", in which the layout keeps it; choose a method that quantizes anew");
+      store(bits, dst);
     }
-    dst += kPackedColumns * sizeof(uint16_t);
   }
+  void operator()(const std::vector<uint8_t>& bytes) {
+    std::memcpy(dst, bytes.data() + group * kPackedColumns, kPackedColumns);
+    dst += kPackedColumns;
+  }
+};
+
+struct Unpacker {
+  int64_t group;
+  const uint8_t* src;
+
+  template <typename Type>
+  void operator()(Type, const char*, std::vector<float>& values) {
+    for (int row = 0; row < kPackedColumns; ++row, src += sizeof(typename Type::Bits))
+      values[group * kPackedColumns + row] = Type::to_float(load<typename Type::Bits>(src));
+  }
+  void operator()(std::vector<uint8_t>& bytes) {
+    std::memcpy(bytes.data() + group * kPackedColumns, src, kPackedColumns);
+    src += kPackedColumns;
+  }
+};
+
+int64_t num_blocks(const CodedPanel& panel) {
+  return std::ssize(panel.block_scale) / kPackedColumns;
 }
 
-void unpack_int4(const PackedLayout& layout, int64_t k, const uint8_t* panel, int8_t* codes,
-                 float* scales) {
-  const int64_t padded_k = layout.padded_k(k);
-  const int64_t group_size = layout.effective_group_size(k);
-  const int64_t num_groups = layout.num_groups(k);
-  for (int64_t group = 0; group < num_groups; ++group) {
-    const int64_t begin = group * group_size;
-    const int64_t count = std::min(group_size, padded_k - begin);
-    for_each_word(panel, count, 8, [&](int64_t k_in_group, int column, const uint8_t* word) {
-      int8_t* const code = codes + column * padded_k + begin + k_in_group;
-      for (int j = 0; j < 4; ++j) {
-        code[j] = static_cast<int8_t>((word[j] & 15) - 8);
-        code[4 + j] = static_cast<int8_t>((word[j] >> 4) - 8);
-      }
-    });
-    panel += count / 8 * kPackedStepBytes;
-    for (int column = 0; column < kPackedColumns; ++column) {
-      uint16_t bits;
-      std::memcpy(&bits, panel + column * sizeof bits, sizeof bits);
-      scales[column * num_groups + group] = bf16_to_float(bits);
-    }
-    panel += kPackedColumns * sizeof(uint16_t);
+// int32 compensation of the rows: -128 * sum of the codes.
+void pack_compensation(const CodedPanel& panel, uint8_t** dst) {
+  for (int column = 0; column < kPackedColumns; ++column) {
+    const uint8_t* const row = panel.row(column);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < panel.padded_k; ++k) sum += row[k] - 128;
+    store(-128 * sum, *dst + column * sizeof sum);
   }
+  *dst += kPackedColumns * sizeof(int32_t);
 }
 
 const void* row_at(const void* matrix, DType dtype, int64_t row, int64_t k) {
@@ -123,66 +158,102 @@ const void* row_at(const void* matrix, DType dtype, int64_t row, int64_t k) {
 
 }  // namespace
 
+void pack_panel(const CodedPanel& panel, uint8_t* dst) {
+  const PackedLayout& layout = panel.layout;
+  check_codes(panel);
+  pack_codes(panel, dst);
+  for (int64_t group = 0; group < layout.num_groups(panel.k); ++group)
+    visit_group(panel, Packer{group, dst + layout.scale_offset(panel.k, group)});
+  for (int64_t block = 0; block < num_blocks(panel); ++block)
+    visit_block(panel, Packer{block, dst + layout.block_offset(block)});
+  uint8_t* tail = dst + layout.tail_offset(panel.k);
+  if (layout.format == WeightFormat::kInt8) pack_compensation(panel, &tail);
+  visit_tail(panel, Packer{0, tail});
+}
+
+void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* packed, CodedPanel* panel) {
+  panel->reset(layout, k);
+  unpack_codes(packed, panel);
+  for (int64_t group = 0; group < layout.num_groups(k); ++group)
+    visit_group(*panel, Unpacker{group, packed + layout.scale_offset(k, group)});
+  for (int64_t block = 0; block < num_blocks(*panel); ++block)
+    visit_block(*panel, Unpacker{block, packed + layout.block_offset(block)});
+  const uint8_t* tail = packed + layout.tail_offset(k);
+  if (layout.format == WeightFormat::kInt8) tail += kPackedColumns * sizeof(int32_t);
+  visit_tail(*panel, Unpacker{0, tail});
+}
+
 void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales,
                 uint8_t* dst) {
-  const int64_t padded_k = layout.padded_k(k);
-  switch (layout.format) {
-    case WeightFormat::kInt8:
-      return pack_int8(padded_k, static_cast<const int8_t*>(codes), scales, dst);
-    case WeightFormat::kInt4:
-      return pack_int4(layout, k, static_cast<const int8_t*>(codes), scales, dst);
-    case WeightFormat::kBFloat16:
-      return for_each_word(dst, padded_k, 2, [&](int64_t first, int column, uint8_t* word) {
-        std::memcpy(word, static_cast<const uint16_t*>(codes) + column * padded_k + first, 4);
-      });
-    default: KT_CHECK(false, "no packed layout has codes of " << format_name(layout.format));
+  if (layout.format == WeightFormat::kBFloat16) {
+    const int64_t padded_k = layout.padded_k(k);
+    return for_each_unit<2>(layout, padded_k, dst, [&](int64_t at, int column, uint8_t* part) {
+      const auto* const row = static_cast<const uint16_t*>(codes) + column * padded_k;
+      std::memcpy(part + column * 4, row + at, 4);
+    });
   }
+  CodedPanel panel;
+  panel.reset(layout, k);
+  const int offset = format_info(layout.format).code_offset;
+  const bool is_int4 = layout.format == WeightFormat::kInt4;
+  KT_CHECK(is_int4 || layout.format == WeightFormat::kInt8,
+           format_name(layout.format) << " weights are packed from unsigned codes");
+  const int64_t num_groups = layout.num_groups(k);
+  for (int column = 0; column < kPackedColumns; ++column) {
+    const int8_t* const row = static_cast<const int8_t*>(codes) + column * panel.padded_k;
+    for (int64_t i = 0; i < panel.padded_k; ++i)
+      panel.row(column)[i] = static_cast<uint8_t>(row[i] + offset);
+    for (int64_t group = 0; group < num_groups; ++group) {
+      const float scale = scales[column * num_groups + group];
+      panel.scale[group * kPackedColumns + column] =
+          is_int4 ? bf16_to_float(float_to_bf16(scale)) : scale;
+    }
+  }
+  pack_panel(panel, dst);
 }
 
 void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, void* codes,
                   float* scales) {
-  const int64_t padded_k = layout.padded_k(k);
-  switch (layout.format) {
-    case WeightFormat::kInt8:
-      for_each_word(panel, padded_k, 4, [&](int64_t first, int column, const uint8_t* word) {
-        std::memcpy(static_cast<int8_t*>(codes) + column * padded_k + first, word, 4);
-      });
-      std::memcpy(scales, panel + padded_k * kPackedColumns + kPackedColumns * sizeof(int32_t),
-                  kPackedColumns * sizeof(float));
-      return;
-    case WeightFormat::kInt4:
-      return unpack_int4(layout, k, panel, static_cast<int8_t*>(codes), scales);
-    case WeightFormat::kBFloat16:
-      return for_each_word(panel, padded_k, 2, [&](int64_t first, int column, const uint8_t* word) {
-        std::memcpy(static_cast<uint16_t*>(codes) + column * padded_k + first, word, 4);
-      });
-    default: KT_CHECK(false, "no packed layout has codes of " << format_name(layout.format));
+  if (layout.format == WeightFormat::kBFloat16) {
+    const int64_t padded_k = layout.padded_k(k);
+    return for_each_unit<2>(layout, padded_k, panel,
+                            [&](int64_t at, int column, const uint8_t* part) {
+                              auto* const row = static_cast<uint16_t*>(codes) + column * padded_k;
+                              std::memcpy(row + at, part + column * 4, 4);
+                            });
+  }
+  KT_CHECK(layout.format == WeightFormat::kInt4 || layout.format == WeightFormat::kInt8,
+           format_name(layout.format) << " weights are unpacked to unsigned codes");
+  CodedPanel coded;
+  unpack_panel(layout, k, panel, &coded);
+  const int offset = format_info(layout.format).code_offset;
+  const int64_t num_groups = layout.num_groups(k);
+  for (int column = 0; column < kPackedColumns; ++column) {
+    int8_t* const row = static_cast<int8_t*>(codes) + column * coded.padded_k;
+    for (int64_t i = 0; i < coded.padded_k; ++i)
+      row[i] = static_cast<int8_t>(coded.row(column)[i] - offset);
+    for (int64_t group = 0; group < num_groups; ++group)
+      scales[column * num_groups + group] = coded.scale[group * kPackedColumns + column];
   }
 }
 
 void dequantize_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, float* w) {
-  const int64_t padded_k = layout.padded_k(k);
-  const int64_t num_groups = layout.num_groups(k);
-  const int64_t group_size = layout.effective_group_size(k);
-  const auto codes =
-      std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(kPackedColumns * padded_k));
-  const auto scales =
-      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kPackedColumns * num_groups));
-  const auto row = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(padded_k));
-  unpack_panel(layout, k, panel, codes.get(), scales.get());
+  if (layout.format == WeightFormat::kBFloat16) {
+    return for_each_unit<2>(
+        layout, layout.padded_k(k), panel, [&](int64_t at, int column, const uint8_t* part) {
+          for (int64_t i = at; i < std::min(k, at + 2); ++i, part += 2)
+            w[column * k + i] = bf16_to_float(load<uint16_t>(part + column * 4));
+        });
+  }
+  CodedPanel coded;
+  unpack_panel(layout, k, panel, &coded);
+  const int rotation = layout.rotation_block(k);
+  // a rotation mixes what is behind k with what is before it
+  coded.k = coded.padded_k;
+  const auto row = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(coded.padded_k));
   for (int column = 0; column < kPackedColumns; ++column) {
-    if (layout.format == WeightFormat::kBFloat16) {
-      for (int64_t i = 0; i < padded_k; ++i) row[i] = bf16_to_float(codes[column * padded_k + i]);
-    } else {
-      const auto* const code = reinterpret_cast<const int8_t*>(codes.get()) + column * padded_k;
-      for (int64_t group = 0; group < num_groups; ++group) {
-        const float scale = scales[column * num_groups + group];
-        const int64_t end = std::min(padded_k, (group + 1) * group_size);
-        for (int64_t i = group * group_size; i < end; ++i)
-          row[i] = static_cast<float>(code[i]) * scale;
-      }
-      hadamard_rotate(row.get(), padded_k, layout.rotation_block(k));
-    }
+    coded_values(coded, column, row.get());
+    hadamard_rotate(row.get(), coded.padded_k, rotation);
     std::memcpy(w + column * k, row.get(), static_cast<size_t>(k) * sizeof(float));
   }
 }

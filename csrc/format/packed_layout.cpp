@@ -162,6 +162,29 @@ int64_t PackedLayout::panel_bytes(int64_t k) const {
                            tail_bytes(info.scales));
 }
 
+int64_t PackedLayout::code_offset(int64_t at) const {
+  const WeightFormatInfo& info = format_info(format);
+  const int64_t groups = group_size == 0 ? 0 : at / group_size;
+  return kPackedColumns * (at * dtype_bits(info.code) / 8 + groups * scale_bytes(info.scales) +
+                           (at / kSuperBlock + 1) * super_block_bytes(info.scales));
+}
+
+int64_t PackedLayout::scale_offset(int64_t k, int64_t group) const {
+  const WeightFormatInfo& info = format_info(format);
+  const int64_t end = std::min((group + 1) * effective_group_size(k), padded_k(k));
+  return kPackedColumns * (end * dtype_bits(info.code) / 8 + group * scale_bytes(info.scales) +
+                           ceil_div(end, kSuperBlock) * super_block_bytes(info.scales));
+}
+
+int64_t PackedLayout::block_offset(int64_t block) const {
+  const int64_t header = super_block_bytes(format_info(format).scales);
+  return code_offset(block * kSuperBlock) - kPackedColumns * header;
+}
+
+int64_t PackedLayout::tail_offset(int64_t k) const {
+  return panel_bytes(k) - kPackedColumns * tail_bytes(format_info(format).scales);
+}
+
 int64_t PackedLayout::matrix_bytes(int64_t n, int64_t k) const {
   return num_panels(n) * panel_bytes(k);
 }

@@ -75,6 +75,13 @@ struct PackedLayout {
   bool has_row_scales() const;  // whether that is padded_k for every k
   int num_activation_blocks(int64_t k) const;
 
+  // Where a panel of k columns has its bytes: the codes from column `at` on (at a multiple of
+  // step_k), the scales of a group, the d of a 256 k block, what is behind the last group.
+  int64_t code_offset(int64_t at) const;
+  int64_t scale_offset(int64_t k, int64_t group) const;
+  int64_t block_offset(int64_t block) const;
+  int64_t tail_offset(int64_t k) const;
+
   bool operator==(const PackedLayout&) const = default;
 };
 

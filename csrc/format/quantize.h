@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "format/coded_panel.h"
 #include "format/packed_layout.h"
 
 namespace kt {
@@ -40,15 +41,20 @@ struct QuantizationError {
 void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst,
                     QuantizationError* error);
 
-// Packs given codes [64, padded_k] int8 and scales [64, num_groups] fp32 (bf16 layouts: codes is
-// bf16 bits, no scales). int4 scales are rounded to bf16.
+// Packs given codes and scales: each keeps its bits.
 //
-// Errors  kt::Error for a code outside the layout's range (int8 -127..127, int4 -8..7) or a scale
-//         that is not finite.
+// Errors  kt::Error naming row and k or group: a code outside the layout's (int8 -127..127; NaN of
+//         fp8), a scale that is NaN, infinite or no number of the layout's type. dst is then
+//         undefined.
+void pack_panel(const CodedPanel& panel, uint8_t* dst);
+
+// Inverse of it: `panel` is a panel of this layout and k.
+void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* packed, CodedPanel* panel);
+
+// The same for int8, int4 and bf16: signed codes [64, padded_k] int8 and scales [64, num_groups]
+// fp32, or bf16 bits [64, padded_k] and no scales. int4 scales are rounded to bf16.
 void pack_panel(const PackedLayout& layout, int64_t k, const void* codes, const float* scales,
                 uint8_t* dst);
-
-// Inverse of pack_panel: codes [64, padded_k] (int8, or bf16 bits) and scales [64, num_groups].
 void unpack_panel(const PackedLayout& layout, int64_t k, const uint8_t* panel, void* codes,
                   float* scales);
 

@@ -34,9 +34,11 @@ std::string refusal(const std::string& name) {
 }
 
 TEST(PackedLayoutName, ParsesAndPrintsTheSame) {
-  for (const char* name : {"int8_n64k4_r512_v1", "int8_n64k4_v1", "int4g32_n64k8_r512_v1",
-                           "int4g128_n64k8_v1", "int4_n64k8_v1", "int4_n64k8_r64_v1",
-                           "int4g96_n64k8_r1024_v1", "int8_n64k4_r32_v1", "bf16_n64k2_v1"}) {
+  for (const char* name :
+       {"int8_n64k4_r512_v1", "int8_n64k4_v1", "int4g32_n64k8_r512_v1", "int4g128_n64k8_v1",
+        "int4_n64k8_v1", "int4_n64k8_r64_v1", "int4g96_n64k8_r1024_v1", "int8_n64k4_r32_v1",
+        "bf16_n64k2_v1", "int4hg128_n64k8_v1", "int6kg16_n64k16_v1", "fp8fg128_n64k4_v1",
+        "fp8f_n64k4_v1", "fp4cg16_n64k8_v1", "iq4kg32_n64k8_v1"}) {
     EXPECT_EQ(PackedLayout::parse(name).name(), name);
   }
 }
@@ -73,7 +75,11 @@ TEST(PackedLayoutName, RefusesWhatItDoesNotPrint) {
                            "int8_n64k4_r_v1",
                            "int8_n64k4_r0512_v1",
                            "bf16_n64k2_r512_v1",
-                           "fp8_n64k4_v1",
+                           "fp8_n64k8_v1",
+                           "int6k_n64k16_v1",
+                           "int6kg64_n64k16_v1",
+                           "int4hg32_n64k8_r512_v1",
+                           "fp4g16_n64k8_v1",
                            "INT8_n64k4_v1"}) {
     EXPECT_THROW(PackedLayout::parse(name), Error) << name;
   }
@@ -89,7 +95,8 @@ TEST(PackedLayoutName, RefusalNamesTheStringTheFaultAndTheKnownForms) {
 TEST(PackedLayoutName, RefusesToPrintWhatCannotBe) {
   EXPECT_THROW((PackedLayout{WeightFormat::kInt8, 32, 0}.name()), Error);
   EXPECT_THROW((PackedLayout{WeightFormat::kBFloat16, 0, 64}.name()), Error);
-  EXPECT_THROW((PackedLayout{WeightFormat::kFloat32, 0, 0}.name()), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kInt6K, 64, 0}.name()), Error);
+  EXPECT_THROW((PackedLayout{WeightFormat::kInt4H, 32, 512}.name()), Error);
 }
 
 TEST(PackedLayoutSize, PadsToWholeStepsAndPanels) {
@@ -120,7 +127,11 @@ TEST(PackedLayoutSize, CountsBytesOfCodesScalesAndCompensation) {
   EXPECT_EQ(PackedLayout::parse("int4g128_n64k8_v1").panel_bytes(576), 18432 + 5 * 128);
   EXPECT_EQ(PackedLayout::parse("int4_n64k8_v1").panel_bytes(576), 18432 + 128);
   EXPECT_EQ(PackedLayout::parse("bf16_n64k2_v1").panel_bytes(576), 64 * 576 * 2);
-  EXPECT_THROW((PackedLayout{WeightFormat::kFloat16, 0, 0}.panel_bytes(64)), Error);
+  // two groups of 3 bytes; 16 of 1 and two d; 18 of 2, two d and e; 18 of 2 and t
+  EXPECT_EQ(PackedLayout::parse("int4zg128_n64k8_v1").panel_bytes(200), 8192 + 64 * 2 * 3);
+  EXPECT_EQ(PackedLayout::parse("int6kg16_n64k16_v1").panel_bytes(256), 12288 + 64 * (16 + 2));
+  EXPECT_EQ(PackedLayout::parse("int5kmg32_n64k8_v1").panel_bytes(512), 20480 + 64 * (32 + 8));
+  EXPECT_EQ(PackedLayout::parse("fp4cg16_n64k8_v1").panel_bytes(64), 2048 + 64 * (8 + 4));
 }
 
 TEST(PackedLayoutSize, PanelsAreWholeLines) {
