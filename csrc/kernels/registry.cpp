@@ -61,7 +61,7 @@ std::deque<GemmKernel>& gemm_table() {
 }
 
 // By position in the table, which only grows, while the program loads.
-constexpr size_t kMaxKernels = 64;
+constexpr size_t kMaxKernels = 512;
 std::array<std::atomic<TileVerdict>, kMaxKernels> tile_verdicts{};
 std::atomic<uint64_t> verdict_count{0};
 

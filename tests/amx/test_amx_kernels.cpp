@@ -120,9 +120,10 @@ class Tiles : public testing::Test {
 
   static bool multiplies_right() {
     const GemmKernel& kernel = kernel_named(kInt8Row);
-    const Problem p = make_problem({DType::kInt8, 0, 0}, 20, 128, 64, true, Fill::kRandom, 9);
+    const Problem p =
+        make_problem({WeightFormat::kInt8, 0, 0}, 20, 128, 64, true, Fill::kRandom, 9);
     const std::vector<float> c = run_gemm(kernel, p);
-    const std::vector<float> expected = reference_result(p);
+    const std::vector<float> expected = integer_result(p);
     return first_difference(c.data(), expected.data(), static_cast<int64_t>(c.size())) == -1;
   }
 };
@@ -339,9 +340,9 @@ TEST(JudgeTiles, RefusesADifferenceAndComparesTimes) {
 // oneDNN's row for as many rows as ours was for; made up, for the real one is in the extension.
 TEST(JudgeTiles, ASlowerKernelLeavesItsPlaceToOneDnn) {
   const IsaSet isa = cpu_features().chosen;
-  register_gemm({"gemm_u8_int8_fp32_32x64x4_test", isa, DType::kInt8, DType::kUint8, 32, 0,
+  register_gemm({"gemm_u8_int8_fp32_32x64x4_test", isa, WeightFormat::kInt8, DType::kUint8, 32, 0,
                  kernel_named(kInt8Row).gemm, nullptr, GemmSource::kOneDnn});
-  KernelRequest request{DType::kInt8, isa, GemmChoice::kAuto};
+  KernelRequest request{WeightFormat::kInt8, isa, GemmChoice::kAuto};
   EXPECT_STREQ(select_kernels(request).for_rows(5).name, kInt8Row);
   set_tile_verdict(kernel_named(kInt8Row), TileVerdict::kSlower);
   const KernelSet set = select_kernels(request);
@@ -355,15 +356,15 @@ TEST(JudgeTiles, ASlowerKernelLeavesItsPlaceToOneDnn) {
 TEST(Deterministic, LeavesOutWhatRoundsByTheRowsBesideIt) {
   const IsaSet isa = cpu_features().chosen;
   for (const bool deterministic : {false, true}) {
-    KernelRequest request{DType::kBFloat16, isa, GemmChoice::kNative};
+    KernelRequest request{WeightFormat::kBFloat16, isa, GemmChoice::kNative};
     request.deterministic = deterministic;
     EXPECT_EQ(select_kernels(request).tile_gemm() == nullptr, deterministic);
-    request.weights = DType::kInt4;
+    request.weights = WeightFormat::kInt4;
     request.group_size = 64;
     EXPECT_EQ(select_kernels(request).tile_gemm() == nullptr, deterministic);
     request.group_size = 128;
     EXPECT_NE(select_kernels(request).tile_gemm(), nullptr);
-    request.weights = DType::kInt8;
+    request.weights = WeightFormat::kInt8;
     EXPECT_NE(select_kernels(request).tile_gemm(), nullptr);
   }
 }

@@ -35,7 +35,7 @@ class AvxVnniGemmTest : public testing::TestWithParam<GemmKernel> {
   void SetUp() override {
     if (!has_avx2()) GTEST_SKIP() << GetParam().name << " needs avx2 beside vpdpbusd";
   }
-  static std::vector<int> group_sizes() { return group_sizes_of(GetParam()); }
+  static std::vector<Grouping> groupings() { return groupings_of(GetParam()); }
 };
 
 TEST(AvxVnniRows, AreOfBothIntegerWeights) { EXPECT_EQ(avxvnni_rows().size(), 2u); }
@@ -45,14 +45,15 @@ TEST_P(AvxVnniGemmTest, AgreesWithTheReferenceForAllShapes) {
 }
 
 TEST_P(AvxVnniGemmTest, HoldsTheLargestSums) {
-  for (int group_size : group_sizes()) {
+  for (const auto& [group_size, row_scales] : groupings()) {
     for (Fill fill : {Fill::kLargest, Fill::kSmallest, Fill::kAlternating}) {
       // a single sum over the whole row is what may overflow
       const int k = group_size == 0 ? kMaxIntegerK : 1024;
       const int m = group_size == 0 ? 2 : 7;
       SCOPED_TRACE(testing::Message()
                    << "fill " << static_cast<int>(fill) << " group " << group_size << " k " << k);
-      Problem p = make_problem(layout_of(GetParam().weights, group_size), m, k, 64, false, fill, 3);
+      Problem p = make_problem(layout_of(GetParam().weights, group_size), m, k, 64, false, fill, 3,
+                               row_scales);
       negate_odd_rows(&p);
       expect_correct(GetParam(), p);
       if (HasFatalFailure()) return;
@@ -61,8 +62,8 @@ TEST_P(AvxVnniGemmTest, HoldsTheLargestSums) {
 }
 
 TEST_P(AvxVnniGemmTest, KeepsZeroNanAndSubnormalScales) {
-  for (int group_size : group_sizes())
-    expect_correct(GetParam(), make_special_scales_problem(GetParam().weights, group_size));
+  for (const Grouping& grouping : groupings())
+    expect_correct(GetParam(), make_special_scales_problem(GetParam().weights, grouping));
 }
 
 // No product is computed twice, and none by another instruction.

@@ -179,7 +179,7 @@ TEST_P(RowwiseTest, QuantizesAsTheReference) {
   uint64_t seed = 1;
   for (int n : {64, 128, 192, 576, 1024}) {
     for (int offset : {0, 128}) {
-      for (int group_size : {0, 32, 64, 96, 128, n}) {
+      for (int group_size : {0, 16, 32, 48, 64, 80, 96, 128, n}) {
         SCOPED_TRACE(testing::Message()
                      << "n " << n << " offset " << offset << " group " << group_size);
         RandomNumbers random(++seed);

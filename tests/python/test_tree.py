@@ -492,8 +492,10 @@ def test_every_kernel_is_in_the_readme() -> None:
 
 def test_kernel_symbols_follow_the_grammar() -> None:
     isa = "reference|avx2|avx512|avx512vnni|avx512bf16|avx512vbmi|avxvnni|amxint8|amxbf16"
-    gemm = rf"gemm_(s8|u8|bf16)_(int8|int4|int4x|int4b|bf16)_fp32_\d+x\d+x\d+_({isa})"
-    tiles = "expand_int4_bf16|pack_(int8|bf16|int8_bf16)|tiles"
-    other = rf"({tiles}|expand_int4|rowwise|read_probe|peak_probe_(int8|int4|bf16))_({isa})"
+    table = (ROOT / "csrc/base/weight_format.cpp").read_text()
+    weights = "|".join(re.findall(r'\{F::\w+, "(\w+)"', table))
+    gemm = rf"gemm_(s8|u8|bf16)_({weights})[xb]?_fp32_\d+x\d+x\d+_({isa})"
+    rows = rf"expand_({weights})(_bf16)?|pack_(int8|bf16|int8_bf16)|tiles"
+    other = rf"({rows}|rowwise|read_probe|peak_probe_(int8|int4|bf16))_({isa})"
     wrong = [name for name in kernel_rows() if not re.fullmatch(rf"{gemm}|{other}", name)]
     assert not wrong, f"symbols outside the grammar above kernels.inc: {wrong}"

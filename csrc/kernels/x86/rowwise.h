@@ -149,6 +149,17 @@ void rotate(float* x, int32_t n, int32_t block) {
 
 // ---- quantization ----
 
+// Adds 32 codes from column i on to the sums of their groups, 16 at a time.
+inline void add_halves(const IntVec (&codes)[32 / kLanes], int32_t i, int32_t group_size,
+                       int32_t* group_sum) {
+  constexpr int kHalf = 16 / kLanes;
+  for (int half = 0; half < 2; ++half) {
+    IntVec sum = codes[half * kHalf];
+    for (int j = 1; j < kHalf; ++j) sum = add_int(sum, codes[half * kHalf + j]);
+    group_sum[(i + half * 16) / group_size] += sum_lanes(sum);
+  }
+}
+
 void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
               int32_t group_size, int32_t* group_sum) {
   constexpr int kVecs = 32 / kLanes;
@@ -179,7 +190,9 @@ void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* 
   *scale = amax / 127.0f;
   const Vec inverse = broadcast(127.0f / amax);
 
-  const int32_t sum_every = group_sum != nullptr ? group_size : n;
+  const bool whole_steps = group_sum == nullptr || group_size % 32 == 0;
+  const int32_t sum_every = group_sum != nullptr && whole_steps ? group_size : n;
+  if (!whole_steps) std::memset(group_sum, 0, sizeof(int32_t) * num_groups);
   int32_t group = 0;
   for (int32_t begin = 0; begin < n; begin += sum_every) {
     const int32_t end = begin + sum_every < n ? begin + sum_every : n;
@@ -190,9 +203,10 @@ void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* 
         rounded[j] = round_to_int(mul(load(x + i + j * kLanes), inverse));
         sums = add_int(sums, rounded[j]);
       }
+      if (!whole_steps) add_halves(rounded, i, group_size, group_sum);
       store_codes(codes + i, rounded, offset);
     }
-    if (group_sum != nullptr) group_sum[group++] = sum_lanes(sums);
+    if (group_sum != nullptr && whole_steps) group_sum[group++] = sum_lanes(sums);
   }
 }
 
