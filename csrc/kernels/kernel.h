@@ -114,6 +114,41 @@ using ReadProbeFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 // number of operations (two a multiply-accumulate). Returns something of the sums.
 using PeakProbeFn = uint64_t (*)(int64_t iterations);
 
+// What stands between w13 and w2 of an expert, with g = gate[i], u = up[i]:
+//
+//   kSilu           silu(g) * u
+//   kSiluLimit      silu(min(g, limit)) * clamp(u, -limit, limit)            (DeepSeek-V4)
+//   kSiluThenLimit  min(silu(g), limit) * clamp(u, -limit, limit)            (Step-3.5)
+//   kSwigluAlpha    a = min(g, limit): a * sigmoid(alpha * a) * (clamp(u, -limit, limit) + 1)
+//                                                                            (GPT-OSS, MiniMax-M3)
+//   kGelu           g * Phi(g) * u, Phi the normal distribution function
+//   kGeluTanh       0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))) * u
+//
+// with silu(x) = x * sigmoid(x), sigmoid(x) = 1 / (1 + exp(-x)).
+enum class ActivationKind : int32_t {
+  kSilu,
+  kSiluLimit,
+  kSiluThenLimit,
+  kSwigluAlpha,
+  kGelu,
+  kGeluTanh,
+};
+constexpr int kNumActivationKinds = 6;
+
+// limit and alpha: above 0 (limit may be infinity), not read by the kinds that have none. All zeros
+// is kSilu.
+struct Activation {
+  ActivationKind kind;
+  float limit;
+  float alpha;
+};
+
+// out[i] = the formula of one kind, in the steps of x86/rowwise.h. A NaN in gate or up gives NaN.
+//
+// Shapes  n a multiple of 16.
+using ActivateFn = void (*)(const float* gate, const float* up, float* out, int32_t n, float limit,
+                            float alpha);
+
 // Row operations of one tier. Same bits on every tier: each step below is one rounded fp32
 // operation, in this order.
 struct RowwiseOps {
@@ -143,10 +178,7 @@ struct RowwiseOps {
   void (*quantize)(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* scale,
                    int32_t group_size, int32_t* group_sum);
 
-  // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)).
-  // exp as rowwise.h defines it (Cody-Waite and a polynomial, every step an fma); n a multiple
-  // of 16.
-  void (*silu_and_mul)(const float* gate, const float* up, float* out, int32_t n);
+  ActivateFn activate[kNumActivationKinds];  // by ActivationKind
 
   // out[i] = fma(weight, x[i], out[i]); n a multiple of 16.
   void (*add_scaled)(const float* x, float weight, float* out, int32_t n);

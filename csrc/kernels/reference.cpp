@@ -81,11 +81,11 @@ void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* 
   }
 }
 
-// The steps of silu in x86/rowwise.h, one for one.
-float silu(float x) {
-  float t = -x;
-  t = t < -80.0f ? -80.0f : t;
-  t = t > 88.0f ? 88.0f : t;
+// The steps of the activations in x86/rowwise.h, one for one. As there, clamps keep a NaN.
+float clamp_low(float x, float low) { return x < low ? low : x; }
+float clamp_high(float x, float high) { return x > high ? high : x; }
+
+float exponential(float t) {
   const float shifted = std::fma(t, 0x1.715476p+0f, 0x1.8p+23f);
   const float power = shifted - 0x1.8p+23f;
   float r = std::fma(power, -0x1.62e400p-1f, t);
@@ -97,12 +97,54 @@ float silu(float x) {
   p = std::fma(p, r, 0.5f);
   p = std::fma(p, r, 1.0f);
   p = std::fma(p, r, 1.0f);
-  const float exponential = p * bits_float((float_bits(shifted) + 127u) << 23);
-  return x < -88.0f ? 0.0f : x / (1.0f + exponential);
+  return p * bits_float((float_bits(shifted) + 127u) << 23);
 }
 
-void silu_and_mul(const float* gate, const float* up, float* out, int32_t n) {
-  for (int i = 0; i < n; ++i) out[i] = silu(gate[i]) * up[i];
+float times_sigmoid(float x, float w) {
+  const float t = clamp_high(clamp_low(-w, -80.0f), 88.0f);
+  return w < -88.0f ? 0.0f : x / (1.0f + exponential(t));
+}
+
+float gelu(float x) {
+  const float a = clamp_high(std::fabs(x), 13.0f);
+  const float d = 1.0f / std::fma(a, 0x1.666666p-2f, 1.0f);
+  float q = -0x1.dcb1a8p-6f;
+  q = std::fma(q, d, 0x1.26566cp-3f);
+  q = std::fma(q, d, -0x1.054e7ep-2f);
+  q = std::fma(q, d, 0x1.44b716p-3f);
+  q = std::fma(q, d, -0x1.73703cp-6f);
+  q = std::fma(q, d, 0x1.af60cap-4f);
+  q = std::fma(q, d, 0x1.eb0a30p-4f);
+  q = std::fma(q, d, 0x1.1e6c2ap-3f);
+  q = std::fma(q, d, 0x1.1df20cp-3f);
+  const float tail = exponential((a * a) * -0.5f) * (q * d);
+  return clamp_low(x, 0.0f) - a * tail;
+}
+
+float gelu_tanh(float x) {
+  const float inner = std::fma(x * x, 0x1.2444f2p-4f, 0x1.988454p+0f);
+  return times_sigmoid(x, x * inner);
+}
+
+float activated(ActivationKind kind, float gate, float up, float limit, float alpha) {
+  const float limited = clamp_high(gate, limit);
+  const float limited_up = clamp_high(clamp_low(up, -limit), limit);
+  switch (kind) {
+    case ActivationKind::kSilu: return times_sigmoid(gate, gate) * up;
+    case ActivationKind::kSiluLimit: return times_sigmoid(limited, limited) * limited_up;
+    case ActivationKind::kSiluThenLimit:
+      return clamp_high(times_sigmoid(gate, gate), limit) * limited_up;
+    case ActivationKind::kSwigluAlpha:
+      return times_sigmoid(limited, alpha * limited) * (limited_up + 1.0f);
+    case ActivationKind::kGelu: return gelu(gate) * up;
+    case ActivationKind::kGeluTanh: return gelu_tanh(gate) * up;
+  }
+  return 0.0f;
+}
+
+template <ActivationKind kKind>
+void activate(const float* gate, const float* up, float* out, int32_t n, float limit, float alpha) {
+  for (int i = 0; i < n; ++i) out[i] = activated(kKind, gate[i], up[i], limit, alpha);
 }
 
 void add_scaled(const float* x, float weight, float* out, int32_t n) {
@@ -112,8 +154,17 @@ void add_scaled(const float* x, float weight, float* out, int32_t n) {
 }  // namespace
 
 extern const RowwiseOps rowwise_reference;
-const RowwiseOps rowwise_reference = {"rowwise_reference", load_bf16, load_fp16, store_bf16,
-                                      store_fp16,          rotate,    quantize,  silu_and_mul,
-                                      add_scaled};
+const RowwiseOps rowwise_reference = {
+    "rowwise_reference",
+    load_bf16,
+    load_fp16,
+    store_bf16,
+    store_fp16,
+    rotate,
+    quantize,
+    {activate<ActivationKind::kSilu>, activate<ActivationKind::kSiluLimit>,
+     activate<ActivationKind::kSiluThenLimit>, activate<ActivationKind::kSwigluAlpha>,
+     activate<ActivationKind::kGelu>, activate<ActivationKind::kGeluTanh>},
+    add_scaled};
 
 }  // namespace kt

@@ -368,6 +368,8 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
   const IndexRange panels = store_.node_panels(Projection::kW13, worker.node);
   const IndexRange whole = scratch_.whole_experts[worker.index];
   WorkSplit& split = *scratch_.w13_splits[worker.node];
+  const Activation& activation = store_.config().activation;
+  const ActivateFn activate = kernels_.rowwise().activate[static_cast<int>(activation.kind)];
   const auto compute = [&](int64_t unit, bool has_next) {
     const int64_t item = split.item(unit);
     const int64_t p = panels.begin + split.panel(unit);
@@ -385,9 +387,8 @@ void ForwardPass::compute_w13(const Worker& worker, const WorkerBuffers& mine,
                                   p * (kPanelColumns / 2);
                      for (int32_t r = 0; r < count; ++r) {
                        const float* gate = tile + r * kPanelColumns;
-                       kernels_.rowwise().silu_and_mul(gate, gate + kPanelColumns / 2,
-                                                       out + r * intermediate_stride_,
-                                                       kPanelColumns / 2);
+                       activate(gate, gate + kPanelColumns / 2, out + r * intermediate_stride_,
+                                kPanelColumns / 2, activation.limit, activation.alpha);
                      }
                    });
     if (!is_whole || p + 1 < panels.end) return;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "format/packed_layout.h"
+#include "kernels/kernel.h"
 
 namespace kt {
 
@@ -16,6 +17,7 @@ struct MoeConfig {
   int hidden_size = 0;
   int intermediate_size = 0;
   PackedLayout layouts[2];        // by projection
+  Activation activation = {};     // silu(gate) * up
   std::vector<int> expert_ids;    // experts that live here, ascending; the others cost no memory
   std::vector<int> reserved_ids;  // others that may be loaded later: address space only until then
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "kernels/kernel.h"
 
 namespace kt {
 
@@ -141,5 +142,32 @@ inline double rotation_tolerance(int block, double sum_of_magnitudes) {
 // most 88 * 2^-44 from the second part of ln 2 plus one rounding of r (u / 2), which is the
 // relative error of e. In all below 8 u.
 constexpr double kSiluTolerance = 8 * 0x1p-24;
+
+// Largest error of an activation against `exact`, its formula on the same fp32 gate, up, limit and
+// alpha, in units u = 2^-24 of the result; one for the product with up is in each.
+//
+//   x * sigmoid(w)  8 u as for silu, and what w is off by: d ln sigmoid(w) = (1 - sigmoid(w)) dw
+//   kSwigluAlpha    w is rounded once; so is up + 1
+//   kGeluTanh       w is off by 4 u: x^2 and the constant beside it (2 u), the fma, the product
+//   kGelu           a * Phi(-a), a = |x|, is off by (17 + a^2 / 2) u: exp(-a^2 / 2) with a^2
+//                   rounded once (6 + a^2 / 2); d is off by 2 u and d ln q / d ln d is at most 2.3;
+//                   the polynomial by 0.9 u, its steps by 3 u; two products. It is subtracted from
+//                   max(x, 0): two more for that and up.
+inline double activation_tolerance(const Activation& activation, float gate, double exact) {
+  const double x = std::fmin(gate, activation.limit > 0 ? activation.limit : INFINITY);
+  const auto off = [](double w) { return std::fabs(w) / (1 + std::exp(w)); };
+  double units = 9;
+  switch (activation.kind) {
+    case ActivationKind::kSwigluAlpha: units = 10 + off(activation.alpha * x); break;
+    case ActivationKind::kGeluTanh: units = 9 + 4 * off(1.6 * x + 0.0714 * x * x * x); break;
+    case ActivationKind::kGelu: {
+      const double tail = std::erfc(std::fabs(x) * M_SQRT1_2) / std::erfc(-x * M_SQRT1_2);
+      units = 3 + (17 + x * x / 2) * tail;
+      break;
+    }
+    default: break;
+  }
+  return units * 0x1p-24 * std::fabs(exact) + 0x1p-140;
+}
 
 }  // namespace kt

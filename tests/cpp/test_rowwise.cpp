@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -241,55 +242,222 @@ TEST_P(RowwiseTest, GivesNoCodesToZeroAndNanRows) {
   EXPECT_EQ(codes, std::vector<uint8_t>(64, 0));
 }
 
-TEST_P(RowwiseTest, SiluAndMulAsTheReference) {
-  RandomNumbers random(51);
-  const int n = 1 << 16;
-  std::vector<float> gate(n), up(n), result(n), expected(n);
-  for (int i = 0; i < n; ++i) {
-    gate[i] =
-        i % 2 == 0 ? float_from_bits(random.bits()) : 200.0f * (static_cast<float>(i) / n - 0.5f);
-    up[i] = i % 4 < 2 ? float_from_bits(random.bits()) : random.normal();
-  }
-  const std::vector<float>& specials = special_floats();
-  std::copy(specials.begin(), specials.end(), gate.begin());
-  std::fill_n(up.begin(), specials.size(), 1.0f);
-  std::copy(specials.begin(), specials.end(), up.begin() + 64);
-  ops().silu_and_mul(gate.data(), up.data(), result.data(), n);
-  rowwise_reference.silu_and_mul(gate.data(), up.data(), expected.data(), n);
-  expect_same(result, expected);
-}
-
-TEST_P(RowwiseTest, SiluIsExactToTheTolerance) {
-  const int n = 1 << 16;
-  std::vector<float> gate(n), up(n, 1.0f), out(n);
-  for (int i = 0; i < n; ++i) gate[i] = -80.0f + 180.0f * static_cast<float>(i) / n;
-  ops().silu_and_mul(gate.data(), up.data(), out.data(), n);
-  for (int i = 0; i < n; ++i) {
-    const double exact = gate[i] / (1.0 + std::exp(-static_cast<double>(gate[i])));
-    ASSERT_NEAR(out[i], exact, std::fabs(exact) * kSiluTolerance) << gate[i];
-  }
-}
-
-TEST_P(RowwiseTest, SiluHasItsLimits) {
+// Every kind, with the limits and factors of models and some that no model has.
+const std::vector<Activation>& activations() {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  std::vector<float> gate(16, 0.0f), up(16, 1.0f), out(16);
-  gate = {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN(),
-          0.0f,      -0.0f,      100.0f,
-          -100.0f,   -87.0f,     0x1p-149f,
-          1e38f,     -1e38f,     0,
-          0,         0,          0,
-          0};
-  ops().silu_and_mul(gate.data(), up.data(), out.data(), 16);
-  EXPECT_EQ(out[0], kInfinity);
-  EXPECT_EQ(out[1], 0.0f);
-  EXPECT_TRUE(std::isnan(out[2]));
-  EXPECT_EQ(float_bits(out[3]), 0u);
-  EXPECT_EQ(float_bits(out[4]), 0x80000000u);
-  EXPECT_EQ(out[5], 100.0f);
-  EXPECT_EQ(out[6], 0.0f);
-  EXPECT_LT(out[7], 0.0f);
-  EXPECT_EQ(out[9], 1e38f);
-  EXPECT_EQ(out[10], 0.0f);
+  static const std::vector<Activation> values = {
+      {ActivationKind::kSilu, 0, 0},
+      {ActivationKind::kSiluLimit, 10, 0},
+      {ActivationKind::kSiluLimit, 0.125f, 0},
+      {ActivationKind::kSiluThenLimit, 7, 0},
+      {ActivationKind::kSwigluAlpha, 7, 1.702f},
+      {ActivationKind::kSwigluAlpha, kInfinity, 0.25f},
+      {ActivationKind::kGelu, 0, 0},
+      {ActivationKind::kGeluTanh, 0, 0},
+  };
+  return values;
+}
+
+void activate(const RowwiseOps& ops, const Activation& activation, const std::vector<float>& gate,
+              const std::vector<float>& up, std::vector<float>& out) {
+  ops.activate[static_cast<int>(activation.kind)](gate.data(), up.data(), out.data(),
+                                                  static_cast<int32_t>(out.size()),
+                                                  activation.limit, activation.alpha);
+}
+
+std::string describe(const Activation& activation) {
+  return "kind " + std::to_string(static_cast<int>(activation.kind)) + " limit " +
+         std::to_string(activation.limit) + " alpha " + std::to_string(activation.alpha);
+}
+
+TEST_P(RowwiseTest, ActivatesAsTheReference) {
+  RandomNumbers random(51);
+  const std::vector<float>& specials = special_floats();
+  std::vector<float> gate, up;
+  for (float g : specials) {
+    for (float u : specials) {
+      gate.push_back(g);
+      up.push_back(u);
+    }
+  }
+  const int n = 1 << 16;
+  for (int i = static_cast<int>(gate.size()); i < n; ++i) {
+    gate.push_back(i % 2 == 0 ? float_from_bits(random.bits())
+                              : 200.0f * (static_cast<float>(i) / n - 0.5f));
+    up.push_back(i % 4 < 2 ? float_from_bits(random.bits()) : random.normal());
+  }
+  std::vector<float> result(n), expected(n);
+  for (const Activation& activation : activations()) {
+    SCOPED_TRACE(describe(activation));
+    activate(ops(), activation, gate, up, result);
+    activate(rowwise_reference, activation, gate, up, expected);
+    expect_same(result, expected);
+    for (int i = 0; i < n; ++i) {
+      ASSERT_TRUE(std::isnan(result[i]) || !(std::isnan(gate[i]) || std::isnan(up[i])))
+          << gate[i] << " and " << up[i] << " give " << result[i];
+    }
+  }
+}
+
+long double sigmoid(long double w) { return 1 / (1 + std::exp(-w)); }
+
+long double exact_activation(const Activation& activation, float gate, float up) {
+  const long double g = gate, u = up, limit = activation.limit, alpha = activation.alpha;
+  const long double limited = std::min(g, limit);
+  const long double limited_up = std::max(-limit, std::min(u, limit));
+  switch (activation.kind) {
+    case ActivationKind::kSilu: return g * sigmoid(g) * u;
+    case ActivationKind::kSiluLimit: return limited * sigmoid(limited) * limited_up;
+    case ActivationKind::kSiluThenLimit: return std::min(g * sigmoid(g), limit) * limited_up;
+    case ActivationKind::kSwigluAlpha: return limited * sigmoid(alpha * limited) * (limited_up + 1);
+    case ActivationKind::kGelu: return g * std::erfc(-g / std::sqrt(2.0L)) / 2 * u;
+    default:  // (1 + tanh(z)) / 2 is sigmoid(2 z), and loses no digits that way
+      return g * sigmoid(2 * std::sqrt(2 / M_PIl) * (g + 0.044715L * g * g * g)) * u;
+  }
+}
+
+// Gates from where the sigmoid becomes 0 (or the result is no normal number any more) to 100, dense
+// around 0, and ups on either side of every limit.
+void fill_sweep(const Activation& activation, std::vector<float>& gate, std::vector<float>& up) {
+  const int n = static_cast<int>(gate.size());
+  const float lowest = activation.kind == ActivationKind::kGelu ? -12.8f
+                       : activation.kind == ActivationKind::kGeluTanh
+                           ? -9.0f
+                           : -80.0f / std::max(activation.alpha, 1.0f);
+  for (int i = 0; i < n; ++i) {
+    const float part = static_cast<float>(i) / n;
+    gate[i] = i % 2 == 0 ? lowest + (100.0f - lowest) * part : 16.0f * (part - 0.5f);
+    up[i] = 24.0f * (static_cast<float>(i % 97) / 96 - 0.5f);
+    gate[i] = std::max(gate[i], lowest);
+  }
+}
+
+TEST_P(RowwiseTest, ActivationsAreExactToTheTolerance) {
+  const int n = 1 << 16;
+  std::vector<float> gate(n), up(n), out(n);
+  for (const Activation& activation : activations()) {
+    SCOPED_TRACE(describe(activation));
+    fill_sweep(activation, gate, up);
+    activate(ops(), activation, gate, up, out);
+    for (int i = 0; i < n; ++i) {
+      const double exact = static_cast<double>(exact_activation(activation, gate[i], up[i]));
+      ASSERT_NEAR(out[i], exact, activation_tolerance(activation, gate[i], exact))
+          << gate[i] << " and " << up[i];
+    }
+  }
+}
+
+// Formulas that are nearly right lie outside the tolerance somewhere on the sweep.
+TEST(ActivationTolerance, CatchesWrongFormulas) {
+  const auto clamp = [](double x, double limit) { return std::fmax(-limit, std::fmin(x, limit)); };
+  const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  struct Fault {
+    const char* what;
+    Activation activation;
+    std::function<double(double g, double u)> formula;
+  };
+  constexpr double kAlpha = 1.702f;
+  const Activation limit{ActivationKind::kSiluLimit, 10, 0};
+  const Activation then_limit{ActivationKind::kSiluThenLimit, 7, 0};
+  const Activation alpha{ActivationKind::kSwigluAlpha, 7, 1.702f};
+  const Activation silu{ActivationKind::kSilu, 0, 0};
+  const Fault faults[] = {
+      {"no limit of up below", limit,
+       [&](double g, double u) {
+         g = std::fmin(g, 10);
+         return g * sigmoid(g) * std::fmin(u, 10);
+       }},
+      {"a limit of gate below too", limit,
+       [&](double g, double u) { return clamp(g, 10) * sigmoid(clamp(g, 10)) * clamp(u, 10); }},
+      {"limit after silu", limit,
+       [&](double g, double u) { return std::fmin(g * sigmoid(g), 10) * clamp(u, 10); }},
+      {"limit before silu", then_limit,
+       [&](double g, double u) {
+         g = std::fmin(g, 7);
+         return g * sigmoid(g) * clamp(u, 7);
+       }},
+      {"alpha outside the sigmoid", alpha,
+       [&](double g, double u) {
+         g = std::fmin(g, 7);
+         return kAlpha * g * sigmoid(g) * (clamp(u, 7) + 1);
+       }},
+      {"no alpha", alpha,
+       [&](double g, double u) {
+         g = std::fmin(g, 7);
+         return g * sigmoid(g) * (clamp(u, 7) + 1);
+       }},
+      {"no + 1", alpha,
+       [&](double g, double u) {
+         g = std::fmin(g, 7);
+         return g * sigmoid(kAlpha * g) * clamp(u, 7);
+       }},
+      {"+ 1 before the limit", alpha,
+       [&](double g, double u) {
+         g = std::fmin(g, 7);
+         return g * sigmoid(kAlpha * g) * clamp(u + 1, 7);
+       }},
+      {"the other gelu",
+       {ActivationKind::kGelu, 0, 0},
+       [&](double g, double u) {
+         return g * sigmoid(1.5957691216 * (g + 0.044715 * g * g * g)) * u;
+       }},
+      {"gelu and up the wrong way round",
+       {ActivationKind::kGelu, 0, 0},
+       [&](double g, double u) { return u * std::erfc(-u * M_SQRT1_2) / 2 * g; }},
+      {"the quick gelu",
+       {ActivationKind::kGeluTanh, 0, 0},
+       [&](double g, double u) { return g * sigmoid(1.702 * g) * u; }},
+      {"silu of bf16 rounding", silu,
+       [&](double g, double u) { return g * sigmoid(g) * (1 + 0x1p-9) * u; }},
+  };
+  const int n = 1 << 12;
+  std::vector<float> gate(n), up(n);
+  for (const Fault& fault : faults) {
+    fill_sweep(fault.activation, gate, up);
+    bool caught = false;
+    for (int i = 0; i < n && !caught; ++i) {
+      const double exact = static_cast<double>(exact_activation(fault.activation, gate[i], up[i]));
+      caught = !(std::fabs(fault.formula(gate[i], up[i]) - exact) <=
+                 activation_tolerance(fault.activation, gate[i], exact));
+    }
+    EXPECT_TRUE(caught) << fault.what;
+  }
+}
+
+TEST_P(RowwiseTest, ActivationsHaveTheirLimits) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> up(16, 1.0f);
+  std::vector<float> gate(16, 0.0f), out(16);
+  const float values[] = {kInfinity, -kInfinity, 0.0f, -0.0f, 100.0f, -100.0f, 1e38f, -1e38f};
+  std::copy(std::begin(values), std::end(values), gate.begin());
+  for (const Activation& activation : activations()) {
+    SCOPED_TRACE(describe(activation));
+    activate(ops(), activation, gate, up, out);
+    const bool limited = activation.limit > 0 && activation.limit < kInfinity;
+    EXPECT_EQ(out[0], limited ? out[4] : kInfinity);
+    EXPECT_NEAR(out[1], 0.0f, 0x1p-120f);
+    EXPECT_EQ(float_bits(out[2]), 0u);
+    EXPECT_EQ(float_bits(out[3]), 0x80000000u);
+    EXPECT_NEAR(out[5], 0.0f, 0x1p-120f + (activation.alpha == 0.25f ? 1e-8f : 0.0f));
+    EXPECT_EQ(out[6], limited ? out[4] : 1e38f * (activation.alpha > 0 ? 2 : 1));
+    EXPECT_NEAR(out[7], 0.0f, 0x1p-120f);
+  }
+  activate(ops(), activations()[0], gate, up, out);
+  EXPECT_EQ(out[4], 100.0f);
+  EXPECT_EQ(float_bits(out[5]), 0u);
+}
+
+// silu with neither limit nor alpha keeps the bits it had before there were other kinds.
+TEST_P(RowwiseTest, SiluKeepsItsBits) {
+  const std::vector<float> gate = {0.5f, -0.5f, 1.0f,  -1.0f,  3.25f, -3.25f, 10.0f,   -10.0f,
+                                   30.f, -30.f, 79.9f, -79.9f, 1e-3f, -1e-3f, -87.99f, 0x1p-126f};
+  const std::vector<uint32_t> bits = {0x3ec72fdf, 0xbe71a044, 0x3f69f051, 0xbeac1f5d,
+                                      0x407a4b84, 0xbe1b47a4, 0x4147fdad, 0xba14c27f,
+                                      0x42160000, 0xac76ee7c, 0x42c7c000, 0x892580d5,
+                                      0x3a23ec04, 0xba23c212, 0x8364e1df, 0x00500000};
+  std::vector<float> out(16);
+  activate(ops(), activations()[0], gate, std::vector<float>(16, 1.25f), out);
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(float_bits(out[i]), bits[i]) << gate[i];
 }
 
 TEST_P(RowwiseTest, AddsScaledAsTheReference) {

@@ -210,21 +210,17 @@ void quantize(const float* x, int32_t n, int32_t offset, uint8_t* codes, float* 
   }
 }
 
-// ---- silu and the weighted sum ----
+// ---- activations and the weighted sum ----
 
-// x / (1 + exp(-x)), and +0 for x < -88, where the exact result is above -2^-120 (and -inf / inf
-// would be NaN).
+// exp(t) for -87 <= t <= 88, where 2^power is a normal number; relative error below
+// 6 * 2^-24 + |error of t|.
 //
-//   t = -x clamped to [-80, 88]: below, 1 + exp(t) is 1; above, the result is replaced
 //   shifted = fma(t, 1/ln 2, 1.5 * 2^23): its low mantissa bits are round(t / ln 2) = power
 //   r = t - power * ln 2, in two parts (Cody and Waite); |r| <= ln 2 / 2
 //   exp(t) = 2^power * p(r), p the Taylor polynomial of degree 6: relative error of p below 2^-22
 //
-// A NaN runs through all of it: clamps keep it, and 2^power is a factor and not an addition to the
-// exponent bits.
-inline Vec silu(Vec x) {
-  Vec t = clamp_low(negate(x), broadcast(-80.0f));
-  t = clamp_high(t, broadcast(88.0f));
+// A NaN runs through all of it: 2^power is a factor and not an addition to the exponent bits.
+inline Vec exponential(Vec t) {
   const Vec shifted = fma(t, broadcast(0x1.715476p+0f), broadcast(0x1.8p+23f));
   const Vec power = sub(shifted, broadcast(0x1.8p+23f));
   Vec r = fma(power, broadcast(-0x1.62e400p-1f), t);
@@ -236,18 +232,89 @@ inline Vec silu(Vec x) {
   p = fma(p, r, broadcast(0.5f));
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
-  const Vec two_to_power = from_bits(shift_left<23>(add_int(bits(shifted), broadcast_int(127))));
-  const Vec result = div(x, add(broadcast(1.0f), mul(p, two_to_power)));
-  return zero_below(result, x, broadcast(-88.0f));
+  return mul(p, from_bits(shift_left<23>(add_int(bits(shifted), broadcast_int(127)))));
 }
 
-void silu_and_mul(const float* gate, const float* up, float* out, int32_t n) {
-  for (int32_t i = 0; i < n; i += kLanes) store(out + i, mul(silu(load(gate + i)), load(up + i)));
+// x * sigmoid(w) = x / (1 + exp(-w)), and +0 for w < -88, where the exact result is above
+// -2^-126 |x| (and -inf / inf would be NaN). -w is clamped to [-80, 88]: below, 1 + exp(-w) is 1;
+// above, the result is replaced. The clamps keep a NaN.
+inline Vec times_sigmoid(Vec x, Vec w) {
+  Vec t = clamp_low(negate(w), broadcast(-80.0f));
+  t = clamp_high(t, broadcast(88.0f));
+  const Vec result = div(x, add(broadcast(1.0f), exponential(t)));
+  return zero_below(result, w, broadcast(-88.0f));
+}
+
+// x * Phi(x) = max(x, 0) - a * Phi(-a), a = |x|, which is cut to 13: x < -13 gives the value at
+// -13, above -2^-123.
+//
+//   Phi(-a) = exp(-a^2 / 2) * q(d), d = 1 / (1 + 0.35 a), q of degree 9 without constant: minimax
+//   of the relative error over 0 <= a <= 13 (Remez), 0.9 * 2^-24
+//
+// Relative error below (20 + x^2 / 2) * 2^-24.
+inline Vec gelu(Vec x) {
+  const Vec a = clamp_high(absolute(x), broadcast(13.0f));
+  const Vec d = div(broadcast(1.0f), fma(a, broadcast(0x1.666666p-2f), broadcast(1.0f)));
+  Vec q = broadcast(-0x1.dcb1a8p-6f);
+  q = fma(q, d, broadcast(0x1.26566cp-3f));
+  q = fma(q, d, broadcast(-0x1.054e7ep-2f));
+  q = fma(q, d, broadcast(0x1.44b716p-3f));
+  q = fma(q, d, broadcast(-0x1.73703cp-6f));
+  q = fma(q, d, broadcast(0x1.af60cap-4f));
+  q = fma(q, d, broadcast(0x1.eb0a30p-4f));
+  q = fma(q, d, broadcast(0x1.1e6c2ap-3f));
+  q = fma(q, d, broadcast(0x1.1df20cp-3f));
+  const Vec tail = mul(exponential(mul(mul(a, a), broadcast(-0.5f))), mul(q, d));
+  return sub(clamp_low(x, broadcast(0.0f)), mul(a, tail));
+}
+
+// The formula of tanh as x * sigmoid(w), since (1 + tanh(z)) / 2 = sigmoid(2 z):
+// w = x * (2 sqrt(2/pi) + 2 sqrt(2/pi) 0.044715 * x^2).
+inline Vec gelu_tanh(Vec x) {
+  const Vec inner = fma(mul(x, x), broadcast(0x1.2444f2p-4f), broadcast(0x1.988454p+0f));
+  return times_sigmoid(x, mul(x, inner));
+}
+
+template <ActivationKind kKind>
+inline Vec activated(Vec gate, Vec up, Vec limit, Vec alpha) {
+  if constexpr (kKind == ActivationKind::kGelu) return mul(gelu(gate), up);
+  if constexpr (kKind == ActivationKind::kGeluTanh) return mul(gelu_tanh(gate), up);
+  if constexpr (kKind == ActivationKind::kSilu) return mul(times_sigmoid(gate, gate), up);
+  const Vec limited_up = clamp_high(clamp_low(up, negate(limit)), limit);
+  if constexpr (kKind == ActivationKind::kSiluThenLimit)
+    return mul(clamp_high(times_sigmoid(gate, gate), limit), limited_up);
+  const Vec limited = clamp_high(gate, limit);
+  if constexpr (kKind == ActivationKind::kSiluLimit)
+    return mul(times_sigmoid(limited, limited), limited_up);
+  return mul(times_sigmoid(limited, mul(alpha, limited)), add(limited_up, broadcast(1.0f)));
+}
+
+template <ActivationKind kKind>
+void activate(const float* gate, const float* up, float* out, int32_t n, float limit, float alpha) {
+  const Vec limits = broadcast(limit);
+  const Vec alphas = broadcast(alpha);
+  for (int32_t i = 0; i < n; i += kLanes)
+    store(out + i, activated<kKind>(load(gate + i), load(up + i), limits, alphas));
 }
 
 void add_scaled(const float* x, float weight, float* out, int32_t n) {
   const Vec weights = broadcast(weight);
   for (int32_t i = 0; i < n; i += kLanes) store(out + i, fma(weights, load(x + i), load(out + i)));
+}
+
+// One row of a registry's list, under the name of the tier.
+constexpr RowwiseOps rowwise_ops(const char* name) {
+  return {name,
+          load_bf16,
+          load_fp16,
+          store_bf16,
+          store_fp16,
+          rotate,
+          quantize,
+          {activate<ActivationKind::kSilu>, activate<ActivationKind::kSiluLimit>,
+           activate<ActivationKind::kSiluThenLimit>, activate<ActivationKind::kSwigluAlpha>,
+           activate<ActivationKind::kGelu>, activate<ActivationKind::kGeluTanh>},
+          add_scaled};
 }
 
 }  // namespace

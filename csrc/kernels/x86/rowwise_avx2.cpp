@@ -5,7 +5,6 @@
 namespace kt {
 
 extern const RowwiseOps rowwise_avx2;
-const RowwiseOps rowwise_avx2 = {"rowwise_avx2", load_bf16, load_fp16,    store_bf16, store_fp16,
-                                 rotate,         quantize,  silu_and_mul, add_scaled};
+const RowwiseOps rowwise_avx2 = rowwise_ops("rowwise_avx2");
 
 }  // namespace kt

@@ -5,8 +5,6 @@
 namespace kt {
 
 extern const RowwiseOps rowwise_avx512;
-const RowwiseOps rowwise_avx512 = {"rowwise_avx512", load_bf16,    load_fp16,
-                                   store_bf16,       store_fp16,   rotate,
-                                   quantize,         silu_and_mul, add_scaled};
+const RowwiseOps rowwise_avx512 = rowwise_ops("rowwise_avx512");
 
 }  // namespace kt

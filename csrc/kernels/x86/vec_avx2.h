@@ -26,6 +26,7 @@ inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 // a * b + c, rounded once.
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec negate(Vec v) { return _mm256_xor_ps(v, _mm256_set1_ps(-0.0f)); }
+inline Vec absolute(Vec v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 // A NaN in v stays: max and min return their second operand then.
 inline Vec clamp_low(Vec v, Vec low) { return _mm256_max_ps(low, v); }
 inline Vec clamp_high(Vec v, Vec high) { return _mm256_min_ps(high, v); }
