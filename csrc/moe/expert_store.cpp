@@ -174,6 +174,31 @@ void ExpertStore::export_packed(int expert, uint8_t* w13, uint8_t* w2) const {
   }
 }
 
+void ExpertStore::load_biases(const std::vector<Biases>& sources) {
+  for (const Biases& source : sources) check_expert(source.expert);
+  constexpr int kHalf = kPackedColumns / 2;  // columns of a w13 panel: gate, then up
+  for (const Biases& source : sources) {
+    const int slot = slot_[source.expert];
+    for (auto& of_slots : biases_) of_slots.resize(loaded_.size());
+    std::vector<float>& w13 = biases_[static_cast<int>(Projection::kW13)][slot];
+    w13.assign(num_panels(Projection::kW13) * kPackedColumns, 0.0f);
+    for (int i = 0; i < config_.intermediate_size; ++i) {
+      float* const panel = w13.data() + i / kHalf * kPackedColumns;
+      panel[i % kHalf] = source.gate[i];
+      panel[kHalf + i % kHalf] = source.up[i];
+    }
+    std::vector<float>& w2 = biases_[static_cast<int>(Projection::kW2)][slot];
+    w2.assign(num_panels(Projection::kW2) * kPackedColumns, 0.0f);
+    std::copy_n(source.down, config_.hidden_size, w2.begin());
+  }
+}
+
+const float* ExpertStore::bias(Projection projection, int expert, int64_t p) const {
+  const auto& of_slots = biases_[static_cast<int>(projection)];
+  if (of_slots.empty() || of_slots[slot_[expert]].empty()) return nullptr;
+  return of_slots[slot_[expert]].data() + p * kPackedColumns;
+}
+
 uint64_t ExpertStore::bytes() const {
   if (loaded_.empty()) return 0;
   uint64_t total = 0;

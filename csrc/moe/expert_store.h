@@ -55,6 +55,21 @@ class ExpertStore {
   // Inverse of load_packed, for one expert.
   void export_packed(int expert, uint8_t* w13, uint8_t* w2) const;
 
+  // Biases of one expert: gate, up [intermediate_size], down [hidden_size]. They are added to the
+  // sums of w13 before the activation and to those of w2 before the weight of the slot, and stay
+  // when weights are loaded again. An expert that was given none has none.
+  //
+  // Errors  kt::Error for an expert without a place here.
+  struct Biases {
+    int expert;
+    const float* gate;
+    const float* up;
+    const float* down;
+  };
+  void load_biases(const std::vector<Biases>& sources);
+  // 64 values in the order of the panel's columns, or null.
+  const float* bias(Projection projection, int expert, int64_t p) const;
+
   int64_t num_panels(Projection projection) const;
   int64_t panel_bytes(Projection projection) const;
   int64_t padded_k(Projection projection) const;
@@ -81,6 +96,8 @@ class ExpertStore {
   std::vector<NumaArena> arenas_;          // one for each projection and node
   std::vector<uint8_t*> panel0_[2];        // by projection and panel: where slot 0 has it
   std::vector<int64_t> slot_stride_[2];    // by projection and panel: bytes from slot to slot
+  // By projection and slot: [panels][64], empty without biases; no slots in a layer without any.
+  std::vector<std::vector<float>> biases_[2];
 };
 
 }  // namespace kt

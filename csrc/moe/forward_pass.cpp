@@ -294,8 +294,9 @@ void ForwardPass::quantize(float* row, int64_t row_idx, Projection projection,
                store_.config().depth(projection), offset, row, row_idx, out);
 }
 
-// Multiplies all rows of one expert by one panel, a block of rows at a time: consume(first row of
-// the block, rows, tile). `rows` are indexed by token for w13 and by routing row for w2.
+// Multiplies all rows of one expert by one panel and adds its bias, a block of rows at a time:
+// consume(first row of the block, rows, tile). `rows` are indexed by token for w13 and by routing
+// row for w2.
 template <typename Consume>
 void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int64_t p,
                                  const uint8_t* next_panel, const ActivationRows& rows,
@@ -324,6 +325,7 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
   args.c = mine.tile;
   args.c_stride = kPanelColumns;
   args.next_panel = next_panel;
+  const float* const bias = store_.bias(projection, routing_.experts[expert_pos], p);
   const int32_t block = kRowBlock / kernel.mr * kernel.mr;
   for (int32_t done = 0; done < count; done += block) {
     const int32_t first = begin + done;
@@ -342,6 +344,11 @@ void ForwardPass::multiply_panel(Projection projection, int64_t expert_pos, int6
     if (kernel.packing != nullptr) args.a = packed_row(projection, expert_pos, first);
     kernel.gemm(args);
     args.next_panel = nullptr;
+    if (bias != nullptr) {
+      for (int32_t r = 0; r < args.m; ++r) {
+        kernels_.rowwise().add_scaled(bias, 1.0f, mine.tile + r * kPanelColumns, kPanelColumns);
+      }
+    }
     consume(first, args.m, mine.tile);
   }
 }

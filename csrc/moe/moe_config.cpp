@@ -1,5 +1,7 @@
 #include "moe/moe_config.h"
 
+#include <limits>
+
 #include "base/check.h"
 #include "kernels/kernel.h"
 
@@ -7,6 +9,29 @@ namespace kt {
 
 // format and kernels know nothing of each other
 static_assert(kPackedColumns == kPanelColumns);
+
+Activation activation_of(const std::string& name, float limit, float alpha) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  KT_CHECK(limit >= 0, "swiglu_limit is " << limit << "; it must be at least 0, and 0 is none.");
+  KT_CHECK(alpha >= 0 && alpha < kInfinity,
+           "swiglu_alpha is " << alpha << "; it must be finite and at least 0, and 0 is none.");
+  const bool is_silu = name == "silu";
+  const bool limits = is_silu || name == "silu_then_limit";
+  KT_CHECK(limits || name == "gelu" || name == "gelu_tanh",
+           "activation '" << name
+                          << "' is unknown; it must be silu, silu_then_limit, gelu or gelu_tanh.");
+  KT_CHECK(limits || limit == 0,
+           "activation " << name << " has no limit, but swiglu_limit is " << limit << ".");
+  KT_CHECK(is_silu || alpha == 0,
+           "activation " << name << " has no alpha, but swiglu_alpha is " << alpha << ".");
+  if (!limits) return {name == "gelu" ? ActivationKind::kGelu : ActivationKind::kGeluTanh, 0, 0};
+  if (!is_silu) {
+    KT_CHECK(limit > 0, "activation silu_then_limit needs a swiglu_limit above 0.");
+    return {ActivationKind::kSiluThenLimit, limit, 0};
+  }
+  if (alpha > 0) return {ActivationKind::kSwigluAlpha, limit > 0 ? limit : kInfinity, alpha};
+  return {limit > 0 ? ActivationKind::kSiluLimit : ActivationKind::kSilu, limit, 0};
+}
 
 void check_moe_config(const MoeConfig& config) {
   const auto positive = [&](const char* name, int value) {

@@ -49,8 +49,8 @@ struct MoeCounters {
 class MoeScratch;
 
 // output[t] = sum over slots s with topk_ids[t, s] here, in ascending (expert, slot) order:
-//               topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)
-//             + addend[t], last and in fp32
+//               topk_weights[t, s] * (down_e activation(gate_e x_t + b, up_e x_t + b) + b)
+//             + addend[t], last and in fp32; b the biases of an expert that has some
 //
 // Bits     the same input gives the same output for any thread and node count; for integer
 //          layouts for any batch composition too.

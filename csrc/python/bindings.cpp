@@ -211,7 +211,9 @@ std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, i
                                         int intermediate_size, const std::string& w13_layout,
                                         const std::string& w2_layout,
                                         const std::vector<int>& expert_ids,
-                                        const std::vector<int>& reserved_ids) {
+                                        const std::vector<int>& reserved_ids,
+                                        const std::string& activation, float swiglu_limit,
+                                        float swiglu_alpha) {
   MoeConfig config;
   config.layer_idx = layer_idx;
   config.num_experts = num_experts;
@@ -222,6 +224,7 @@ std::unique_ptr<LayerHandle> make_layer(const std::shared_ptr<Engine>& engine, i
   config.layouts[1] = PackedLayout::parse(w2_layout);
   config.expert_ids = expert_ids;
   config.reserved_ids = reserved_ids;
+  config.activation = activation_of(activation, swiglu_limit, swiglu_alpha);
   check_moe_config(config);
   return std::make_unique<LayerHandle>(engine, config);
 }
@@ -399,7 +402,8 @@ void bind_layer(py::module_& m) {
       .def(py::init(&make_layer), py::arg("engine"), py::arg("layer_idx"), py::arg("num_experts"),
            py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("w13_layout"), py::arg("w2_layout"), py::arg("expert_ids"),
-           py::arg("reserved_ids") = std::vector<int>{})
+           py::arg("reserved_ids") = std::vector<int>{}, py::arg("activation") = "silu",
+           py::arg("swiglu_limit") = 0.0f, py::arg("swiglu_alpha") = 0.0f)
       .def_property_readonly("handle", &LayerHandle::handle)
       .def_property_readonly("bytes",
                              [](const LayerHandle& layer) { return layer.layer().store().bytes(); })

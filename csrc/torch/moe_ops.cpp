@@ -150,6 +150,31 @@ const uint8_t* packed_data(const at::Tensor& packed, int64_t bytes, const char* 
   return packed.const_data_ptr<uint8_t>();
 }
 
+void load_bias(int64_t layer, at::IntArrayRef experts, at::TensorList gate, at::TensorList up,
+               at::TensorList down) {
+  const std::shared_ptr<EngineLayer> target = find_layer(layer);
+  const MoeConfig& config = target->layer.config();
+  const std::vector<int> ids = expert_list(experts, gate, up);
+  expert_list(experts, gate, down);
+  std::vector<at::Tensor> alive;
+  std::vector<ExpertStore::Biases> sources;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto take = [&](const at::Tensor& tensor, const char* name, int size) {
+      check_cpu(tensor, name);
+      check_shape(tensor, {size}, name);
+      float_dtype(tensor, name);
+      alive.push_back(tensor.to(at::kFloat).contiguous());
+      KT_CHECK(at::isfinite(alive.back()).all().item<bool>(),
+               name << " of expert " << ids[i] << " holds NaN or infinity.");
+      return alive.back().const_data_ptr<float>();
+    };
+    const float* gate_data = take(gate[i], "gate_bias", config.intermediate_size);
+    const float* up_data = take(up[i], "up_bias", config.intermediate_size);
+    sources.push_back({ids[i], gate_data, up_data, take(down[i], "down_bias", config.hidden_size)});
+  }
+  target->engine->run([&] { target->layer.store().load_biases(sources); });
+}
+
 void load_packed(int64_t layer, at::IntArrayRef experts, at::TensorList w13, at::TensorList w2) {
   const std::shared_ptr<EngineLayer> target = find_layer(layer);
   const ExpertStore& store = target->layer.store();
@@ -198,6 +223,10 @@ TORCH_LIBRARY(kt_kernel, m) {
   m.def("sync(Tensor ticket, Tensor hidden_states) -> Tensor", kt::composite(&kt::sync));
   m.def("load_experts(int layer, int[] experts, Tensor[] gate, Tensor[] up, Tensor[] down) -> ()",
         kt::composite(&kt::load_experts));
+  m.def(
+      "load_bias(int layer, int[] experts, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] "
+      "down_bias) -> ()",
+      kt::composite(&kt::load_bias));
   m.def("load_packed(int layer, int[] experts, Tensor[] w13, Tensor[] w2) -> ()",
         kt::composite(&kt::load_packed));
   m.def("export_packed(int layer, int expert) -> (Tensor, Tensor)",
