@@ -14,7 +14,7 @@ from kt_kernel.experts import CpuExperts
 class ExpertBuffers:
     """Host memory for one expert: addresses, one for each rank of the GPU's tensor-parallel group.
 
-    The memory belongs to the write until it was waited for. There are no scales: their addresses are 0, or empty.
+    The memory belongs to the write until it was waited for. Addresses of scales are 0, or empty, where bf16 is wanted.
     """
 
     tp_count: int
@@ -25,7 +25,7 @@ class ExpertBuffers:
 
 
 class ExpertWriter:
-    """Writes experts of one layer as bf16 into host memory: on the worker pool, in the order they were submitted.
+    """Writes experts of one layer into host memory: on the worker pool, in the order they were submitted.
 
     Rank r of R holds ``I' = I / R`` features, row-major:
 
@@ -33,8 +33,9 @@ class ExpertWriter:
 
     ``w2[r] = down[:, r * I' : (r + 1) * I']``  ``[H, I']``
 
-    Method BF16 gives the bits of the checkpoint; AMXINT8 and AMXINT4 give the values their codes stand for, rounded to
-    bf16, so every method serves a GPU layer in bf16.
+    Method BF16 gives the bits of the checkpoint; the others give the values their codes stand for, rounded to bf16, so
+    every method serves a GPU layer in bf16. With addresses of scales, RAWINT4, FP8, FP8_PERCHANNEL, MXFP4 and MXFP8 give
+    the codes and scales of their files, as ``csrc/moe/native_export.h`` lists them.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class ExpertWriter:
         Raises
         ------
         ValueError
-            An id out of range, wrong counts, a scale address that is not 0.
+            An id out of range, wrong counts, scale addresses for some ranks only.
         """
         count = buffers.tp_count
         if not is_count(count) or count < 1:
@@ -68,11 +69,13 @@ class ExpertWriter:
                 )
             if not all(addresses):
                 raise ValueError(f"{name}_weight_ptrs is {list(addresses)}; 0 is no address of host memory.")
-            if len(scales) not in (0, count) or any(scales):
+            if len(scales) not in (0, count) or (scales and any(scales) != all(scales)):
                 raise ValueError(
-                    f"{name}_scale_ptrs is {list(scales)}; experts are written as bf16, without scales: give 0 for "
-                    f"each of {count} ranks."
+                    f"{name}_scale_ptrs is {list(scales)}; give an address for each of {count} ranks, or 0 for each to "
+                    f"have bf16 without scales."
                 )
+        if any(buffers.w13_scales) != any(buffers.w2_scales):
+            raise ValueError("one of w13_scale_ptrs and w2_scale_ptrs has addresses; give both, or 0 for both.")
 
     def submit(self, experts: CpuExperts, expert: int, buffers: ExpertBuffers) -> None:
         """Queue one write that :meth:`check` has passed.
@@ -80,9 +83,11 @@ class ExpertWriter:
         Raises
         ------
         RuntimeError
-            An expert that has no place on the CPU, addresses that are odd or buffers that overlap.
+            An expert that has no place on the CPU, addresses that are odd or buffers that overlap, or scales of a method
+            that is written as bf16 only.
         """
-        self._tickets.append(experts.write_expert(expert, buffers.w13, buffers.w2))
+        scales = (buffers.w13_scales, buffers.w2_scales) if any(buffers.w13_scales) else ()
+        self._tickets.append(experts.write_expert(expert, buffers.w13, buffers.w2, *scales))
 
     def sync(self) -> None:
         """Wait for every write that was submitted; the first error of one is raised after all have ended."""

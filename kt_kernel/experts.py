@@ -283,8 +283,17 @@ class CpuExperts:
         """Packed bytes of one expert (w13, w2), uint8: the inverse of :meth:`load_packed`."""
         return torch.ops.kt_kernel.export_packed(self._handle, expert)
 
-    def write_expert(self, expert: int, w13_addresses: Sequence[int], w2_addresses: Sequence[int]) -> int:
-        """Queue the writing of one expert as bf16 into host memory, cut for ranks of a tensor-parallel group.
+    def write_expert(
+        self,
+        expert: int,
+        w13_addresses: Sequence[int],
+        w2_addresses: Sequence[int],
+        w13_scale_addresses: Sequence[int] = (),
+        w2_scale_addresses: Sequence[int] = (),
+    ) -> int:
+        """Queue the writing of one expert into host memory, cut for ranks of a tensor-parallel group.
+
+        Without scales as bf16; with scales as the codes and scales of its files (``csrc/moe/native_export.h``).
 
         Rank r of R holds ``I' = I / R`` features: w13 ``[2 * I', H]`` (gate rows, then up rows) and w2 ``[H, I']``
         (``csrc/moe/expert_export.h``).
@@ -295,13 +304,15 @@ class CpuExperts:
             An expert that is loaded here.
         w13_addresses, w2_addresses : sequence of int
             One address for each rank. The memory belongs to the write until :meth:`wait_written` has returned.
+        w13_scale_addresses, w2_scale_addresses : sequence of int, optional
+            Likewise, of the scales; both or none.
 
         Returns
         -------
         int
             The ticket for :meth:`wait_written`.
         """
-        addresses = list(w13_addresses), list(w2_addresses)
+        addresses = [list(a) for a in (w13_addresses, w2_addresses, w13_scale_addresses, w2_scale_addresses)]
         return int(torch.ops.kt_kernel.write_expert(self._handle, expert, len(addresses[0]), *addresses))
 
     @staticmethod

@@ -1,4 +1,5 @@
-// One expert's weights as plain bf16 matrices, cut for the ranks of a tensor-parallel GPU group.
+// One expert's weights as plain matrices, bf16 or in the form of their files, cut for the ranks of a
+// tensor-parallel GPU group.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +16,22 @@ namespace kt {
 //   w13[r] [2 * I / R, hidden_size]   gate rows, then up rows
 //   w2[r]  [hidden_size, I / R]       columns of down
 //
-// BF16 layouts give the bits that were loaded; int8 and int4 what their codes stand for (rotated
-// back), rounded to bf16.
+// Without scales they are bf16: bf16 layouts give the bits that were loaded, others what their codes
+// stand for (rotated back), rounded. With scales, one for each rank and of both, they are the codes
+// and scales of native_export.h; a layout of one scale a row has those of w2 in every rank.
 struct ExpertExport {
   int expert = 0;
-  std::vector<uint16_t*> w13;
-  std::vector<uint16_t*> w2;
+  std::vector<uint8_t*> w13;
+  std::vector<uint8_t*> w2;
+  std::vector<uint8_t*> w13_scales;
+  std::vector<uint8_t*> w2_scales;
+
+  bool is_native() const { return !w13_scales.empty(); }
 };
 
-// Errors  kt::Error, one sentence: an expert without a place on the CPU, no ranks or as many w2 as
-// w13 are not given, a number of ranks that does not divide I, a pointer that is null or odd,
-// buffers that overlap.
+// Errors  kt::Error, one sentence: an expert without a place on the CPU, no ranks, as many w2 as
+// w13 or as many scales as ranks are not given, ranks that do not divide I, a pointer that is null
+// or not aligned, buffers that overlap, scales for a layout that is written without.
 void check_export(const ExpertStore& store, const ExpertExport& request);
 
 // Writes all ranks on the pool; what check_export() refuses must not come here.

@@ -68,9 +68,10 @@ struct Ranks {
     }
   }
   ExpertExport request(int expert) {
-    ExpertExport request{expert, {}, {}};
-    for (auto& buffer : w13) request.w13.push_back(buffer.data());
-    for (auto& buffer : w2) request.w2.push_back(buffer.data());
+    ExpertExport request;
+    request.expert = expert;
+    for (auto& buffer : w13) request.w13.push_back(reinterpret_cast<uint8_t*>(buffer.data()));
+    for (auto& buffer : w2) request.w2.push_back(reinterpret_cast<uint8_t*>(buffer.data()));
     return request;
   }
   bool untouched() const {
@@ -185,8 +186,9 @@ TEST(ExpertExport, WhatCannotBeWrittenIsRefusedAndNothingIsTouched) {
             }),
             "the intermediate size 32 cannot be cut into 3 equal ranks.");
   EXPECT_EQ(refused([](ExpertExport& r) { r.w2[1] = nullptr; }),
-            "a w2 buffer is at address 0; give the address of bf16 values in host memory.");
-  EXPECT_EQ(refused([](ExpertExport& r) { r.w2[1] = r.w13[0] + 1; }),
+            "a w2 buffer is at address 0; give the address of values in host memory, at a multiple of "
+            "2.");
+  EXPECT_EQ(refused([](ExpertExport& r) { r.w2[1] = r.w13[0] + 2; }),
             "two buffers of expert 0 overlap; give every rank memory of its own.");
   EXPECT_EQ(message_of([&] { write_expert(store, pool, ranks.request(2)); }),
             "layer 4: expert 2 was not loaded; call load_weights first.");

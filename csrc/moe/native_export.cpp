@@ -1,0 +1,92 @@
+#include "moe/native_export.h"
+
+#include <bit>
+#include <cstring>
+
+#include "base/check.h"
+#include "base/span.h"
+
+namespace kt {
+namespace {
+
+constexpr int64_t kBlock = 128;
+
+// 2^(e - 127) as e; a scale of e8m0 is a power of two that fp32 holds, 2^-127 as a subnormal.
+uint8_t e8m0_of(float scale) { return static_cast<uint8_t>(std::bit_cast<uint32_t>(scale) >> 23); }
+
+}  // namespace
+
+NativeForm::NativeForm(const MoeConfig& config, int64_t ranks) : layout_(config.layouts[0]) {
+  const bool is_int4 = layout_.format == WeightFormat::kInt4 && layout_.max_rotation == 0;
+  const bool is_mx = layout_.format == WeightFormat::kFp4 || layout_.format == WeightFormat::kFp8;
+  const bool is_fp8 = layout_.format == WeightFormat::kFp8F &&
+                      (layout_.group_size == 0 || layout_.group_size == kBlock);
+  KT_CHECK(config.layouts[0] == config.layouts[1] && (is_int4 || is_mx || is_fp8),
+           "layer " << config.layer_idx << " has layouts " << config.layouts[0].name() << " and "
+                    << config.layouts[1].name()
+                    << ", which are written without scales only; give scale addresses of 0.");
+  const int64_t rank_columns = config.intermediate_size / ranks;
+  // the blocks of gate and of up must not meet within one
+  const bool cut_anyway = ranks == 1 && !has_blocks();
+  KT_CHECK(cut_anyway || layout_.group_size == 0 || rank_columns % layout_.group_size == 0,
+           "the intermediate size " << config.intermediate_size << " in " << ranks
+                                    << " ranks cuts a group or block of " << layout_.group_size
+                                    << "; use fewer ranks.");
+}
+
+bool NativeForm::has_nibbles() const {
+  return layout_.format == WeightFormat::kInt4 || layout_.format == WeightFormat::kFp4;
+}
+
+bool NativeForm::has_blocks() const {
+  return layout_.format == WeightFormat::kFp8F && layout_.group_size != 0;
+}
+
+int64_t NativeForm::weight_bytes(int64_t n, int64_t k) const {
+  return has_nibbles() ? n * k / 2 : n * k;
+}
+
+int64_t NativeForm::scale_bytes(int64_t n, int64_t k) const {
+  const int64_t groups = layout_.group_size == 0 ? 1 : ceil_div(k, layout_.group_size);
+  if (has_blocks()) return ceil_div(n, kBlock) * groups * int64_t{sizeof(float)};
+  if (layout_.format == WeightFormat::kFp8F) return n * int64_t{sizeof(float)};
+  return n * groups * (layout_.format == WeightFormat::kFp8 ? 1 : 2);
+}
+
+void NativeForm::write_row(const CodedPanel& panel, int column, int64_t begin, int64_t count,
+                           int64_t row, uint8_t* weights, uint8_t* scales) const {
+  const uint8_t* const codes = panel.row(column) + begin;
+  if (has_nibbles()) {
+    uint8_t* const out = weights + row * count / 2;
+    for (int64_t i = 0; i < count / 2; ++i)
+      out[i] = static_cast<uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
+  } else {
+    std::memcpy(weights + row * count, codes, count);
+  }
+  write_scales(panel, column, begin, count, row, scales);
+}
+
+void NativeForm::write_scales(const CodedPanel& panel, int column, int64_t begin, int64_t count,
+                              int64_t row, uint8_t* scales) const {
+  const int64_t group_size = layout_.group_size == 0 ? count : layout_.group_size;
+  const int64_t groups = ceil_div(count, group_size);
+  const int64_t first = layout_.group_size == 0 ? 0 : begin / group_size;
+  const auto scale = [&](int64_t g) { return panel.scale[(first + g) * kPackedColumns + column]; };
+  if (layout_.format == WeightFormat::kFp8F) {
+    if (has_blocks() && row % kBlock != 0) return;
+    float* const out =
+        reinterpret_cast<float*>(scales) + (has_blocks() ? row / kBlock : row) * groups;
+    for (int64_t g = 0; g < groups; ++g) out[g] = scale(g);
+    return;
+  }
+  if (layout_.format == WeightFormat::kFp8) {
+    for (int64_t g = 0; g < groups; ++g) scales[row * groups + g] = e8m0_of(scale(g));
+    return;
+  }
+  // the half of E2M1's doubled codes is in the packed scale
+  const float whole = layout_.format == WeightFormat::kFp4 ? 2.0f : 1.0f;
+  uint16_t* const out = reinterpret_cast<uint16_t*>(scales) + row * groups;
+  for (int64_t g = 0; g < groups; ++g) out[g] = float_to_bf16(whole * scale(g));
+}
+
+}  // namespace kt
