@@ -1,0 +1,23 @@
+// Codes of 8 bits with groups on AVX2, and codes of 4 bits with the table of IQ4_NL.
+#include "kernels/x86/gemm_groups_avx2.h"
+
+namespace kt {
+
+void gemm_s8_int8h_fp32_6x16x4_avx2(const GemmArgs& args) {
+  multiply_groups<Codes8, ScalesFp16, 0, 32>(args);
+}
+void gemm_s8_int8f_fp32_6x16x4_avx2(const GemmArgs& args) {
+  multiply_groups<Codes8, ScalesFp32, 0, 32>(args);
+}
+void gemm_s8_iq4h_fp32_6x16x8_avx2(const GemmArgs& args) {
+  multiply_groups<CodesIq4, ScalesFp16, 0, 32>(args);
+}
+void gemm_s8_iq4k_fp32_6x16x8_avx2(const GemmArgs& args) {
+  if (args.group_size % 32 == 0) {
+    multiply_groups<CodesIq4, ScalesBlock, 0, 32>(args);
+  } else {
+    multiply_groups<CodesIq4, ScalesBlock, 0, 16>(args);
+  }
+}
+
+}  // namespace kt
