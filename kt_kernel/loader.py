@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 
-from kt_kernel.checkpoint import Checkpoint, ExpertWeights, expert_weights, is_float, resolve_folder
+from kt_kernel.checkpoint import resolve_folder
+from kt_kernel.checkpoint_source import CheckpointSource
 from kt_kernel.config import MoEConfig
 from kt_kernel.experts import CpuExperts, Layouts, packed_bytes
-from kt_kernel.methods import FLOAT_METHODS, Method, method_of, source_kind
+from kt_kernel.methods import Method
 from kt_kernel.packed_folder import MANIFEST, PackedFolder, is_packed_folder, read_manifest
 from kt_kernel.progress import Progress
 
@@ -52,141 +53,6 @@ class ExpertSource(Protocol):
 
     def close(self) -> None:
         """Let go of the files; the next use opens them again."""
-
-
-class CheckpointSource:
-    """Experts of a checkpoint, packed while they are loaded: with the codes they have, or quantized by us."""
-
-    def __init__(self, folder: Path, method: Method) -> None:
-        self.folder = folder
-        self.checkpoint = Checkpoint(folder)
-        self._method = method
-        self._rounded = _RoundingCount()
-        typical = self.checkpoint.typical_layer
-        self.checkpoint.check_layer(typical)
-        self._check_method(self.checkpoint.source(typical, 0, "gate")[0])
-        self.checkpoint.close()
-        how = f"quantized to {method.layout}" if method.packed else "kept as they are"
-        logger.info("%s holds %s, %s for %s", folder, self.checkpoint.describe(), how, method.name)
-
-    def _check_method(self, source: str) -> None:
-        """Refuse a method that keeps other codes than these files have."""
-        kind, method = source_kind(source), self._method
-        if method.packed or kind in method.sources:
-            return
-        own = method_of(kind)
-        fitting = ([own.name] if own else []) + list(FLOAT_METHODS)
-        raise ValueError(
-            f"{self.folder} holds {self.checkpoint.describe()}, but method {method.name} is for other files; give "
-            f"--kt-method {' or '.join((', '.join(fitting[:-1]), fitting[-1]))}."
-        )
-
-    def layouts(self, layer: int) -> Layouts:
-        if self._method.packed:
-            return self._method.layout, self._method.layout
-        self.checkpoint.check_layer(layer)
-        hidden, inter = self.checkpoint.sizes.hidden_size, self.checkpoint.sizes.intermediate_size
-        found = []
-        for projection, n, k in (("gate", inter, hidden), ("down", hidden, inter)):
-            source, parts = self.checkpoint.source(layer, 0, projection)
-            if not is_float(source):  # a few layers may have been left unquantized
-                self._check_method(source)
-            try:
-                found.append(torch.ops.kt_kernel.source_layout(parts, source, n, k))
-            except RuntimeError as error:
-                name = self.checkpoint.tensor_name(layer, 0, projection)
-                raise ValueError(f"{name} cannot be kept as it is: {error}") from error
-        self.checkpoint.close()
-        return found[0], found[1]
-
-    def num_experts(self) -> int:
-        return self.checkpoint.sizes.num_experts
-
-    def check(self, config: MoEConfig) -> None:
-        sizes = self.checkpoint.sizes
-        for key in ("hidden_size", "intermediate_size"):
-            if getattr(sizes, key) != getattr(config, key):
-                raise ValueError(
-                    f"the checkpoint {self.folder} has {key} {getattr(sizes, key)}, but the model being served has "
-                    f"{getattr(config, key)}; give the checkpoint of the served model."
-                )
-        # More ids than experts are redundant copies (SGLang's expert location); fewer cannot be.
-        if config.num_experts < sizes.num_experts:
-            raise ValueError(
-                f"{self.folder} has {sizes.num_experts} experts a layer, but the model being served has "
-                f"{config.num_experts}; give the checkpoint of the served model."
-            )
-        self.checkpoint.check_layer(config.layer_idx)
-
-    def expert_bytes(self, layer: int) -> int:
-        return self.checkpoint.expert_bytes(layer)
-
-    def fill(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
-        try:
-            if all(is_float(self.checkpoint.source(layer, logical[0], name)[0]) for name in ("gate", "down")):
-                self._fill_floats(experts, slots, layer, logical)
-            else:
-                self._fill_sources(experts, slots, layer, logical)
-        except RuntimeError as error:
-            raise ValueError(
-                f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
-            ) from error
-
-    def _fill_floats(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
-        weights = [_one_dtype(*expert_weights(self.checkpoint, layer, expert)) for expert in logical]
-        if experts.layouts[0].startswith("bf16"):
-            for matrices in weights:
-                self._rounded.add(matrices)
-        experts.load_experts(slots, [w[0] for w in weights], [w[1] for w in weights], [w[2] for w in weights])
-
-    def _fill_sources(self, experts: CpuExperts, slots: list[int], layer: int, logical: list[int]) -> None:
-        sources: dict[str, str] = {}
-        parts: dict[str, list[torch.Tensor]] = {projection: [] for projection in ExpertWeights._fields}
-        for expert in logical:
-            for projection in ExpertWeights._fields:
-                source, tensors = self.checkpoint.source(layer, expert, projection)
-                kind = "w2" if projection == "down" else "w13"
-                if sources.setdefault(kind, source) != source:
-                    raise ValueError(
-                        f"{self.checkpoint.tensor_name(layer, expert, projection)} is {source} but others of gate and "
-                        f"up, or of other experts, are {sources[kind]}; kt_kernel reads one form in a layer, so use "
-                        f"a checkpoint that has one."
-                    )
-                parts[projection] += tensors
-        experts.load_sources(slots, sources["w13"], sources["w2"], **parts)
-
-    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return expert_weights(self.checkpoint, layer, expert)
-
-    def conclude(self) -> None:
-        self._rounded.report(self.folder)
-
-    def close(self) -> None:
-        self.checkpoint.close()
-
-
-class _RoundingCount:
-    """How many weights change when they become bf16."""
-
-    def __init__(self) -> None:
-        self._changed, self._total, self._dtype = 0, 0, torch.bfloat16
-
-    def add(self, matrices: tuple[torch.Tensor, ...]) -> None:
-        for matrix in matrices:
-            if matrix.dtype != torch.bfloat16:
-                self._dtype = matrix.dtype
-                self._changed += int((matrix.bfloat16().to(matrix.dtype) != matrix).sum())
-                self._total += matrix.numel()
-
-    def report(self, folder: Path) -> None:
-        """Warn, if any did, and start again."""
-        if self._changed:
-            logger.warning(
-                "%s holds %s weights; %d of %d (%.1f %%) have no equal in bf16 and were rounded to it",
-                folder, str(self._dtype).removeprefix("torch."), self._changed, self._total,
-                100 * self._changed / self._total,
-            )  # fmt: skip
-        self._changed = self._total = 0
 
 
 class PackedSource:
@@ -243,12 +109,6 @@ class PackedSource:
         self.packed.close()
 
 
-def _one_dtype(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if gate.dtype == up.dtype == down.dtype:
-        return gate, up, down
-    return gate.float(), up.float(), down.float()
-
-
 _sources: dict[tuple[str, str], tuple[tuple, ExpertSource]] = {}
 _sources_lock = threading.Lock()
 
@@ -292,22 +152,9 @@ def open_source(weight_path: str | Path, method: Method) -> ExpertSource:
         if is_packed_folder(folder):
             source = PackedSource(folder, method)
         else:
-            _refuse_foreign(folder)
             source = CheckpointSource(folder, method)
         _sources[key] = (fingerprint, source)
         return source
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if any(folder.glob("_layer_*")):
-        raise ValueError(
-            f"{folder} holds experts converted by another program (_layer_* folders); convert the original checkpoint "
-            f"with scripts/convert_cpu_weights.py."
-        )
-    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds GGUF files, which kt_kernel does not read yet; give a safetensors checkpoint."
-        )
 
 
 def close_sources() -> None:

@@ -17,12 +17,12 @@ class Method:
     description : str
         One line for tables and messages.
     packed : str
-        Versioned layout key (``csrc/format/packed_layout.h``) that weights of any kind are packed into; empty: codes
-        and scales stay as the files have them, and their source decides the layout.
+        Versioned layout key (``csrc/format/packed_layout.h``) that other weights than those of `sources` are packed
+        into; empty: there are no others.
     sources : tuple of str
-        The kinds of sources (:func:`source_kind`) whose codes are kept.
+        The kinds of sources (:func:`source_kind`) whose codes are kept, in a layout that each source decides.
     formats : tuple of str
-        The weight formats (``csrc/base/weight_format.h``) that those are kept in.
+        The weight formats (``csrc/base/weight_format.h``) that those of a method without `packed` are kept in.
     """
 
     name: str
@@ -85,11 +85,13 @@ METHODS: dict[str, Method] = {
             "AMXINT8",
             "8-bit weights with one scale a row, rotated; 8.1 bits a weight, close to bf16",
             packed="int8_n64k4_r512_v1",
+            sources=("kt_int8",),
         ),
         Method(
             "AMXINT4",
             "4-bit weights with a searched scale per group of 32, rotated; 4.5 bits a weight",
             packed="int4g32_n64k8_r512_v1",
+            sources=("kt_int4",),
         ),
         Method("BF16", "bf16 weights as in the checkpoint; 16 bits a weight", packed="bf16_n64k2_v1"),
         Method(
@@ -175,10 +177,10 @@ def weight_dtype_of(layout: str) -> str:
 
 
 def source_kind(source: str) -> str:
-    """What a source string is without its sizes and types: ``fp8_block128x128`` -> ``fp8_block``, ``gguf:Q4_K`` ->
-    ``gguf``.
+    """What a source string is without its sizes and types: ``fp8_block128x128`` is ``fp8_block``, ``gguf:Q4_K`` is
+    ``gguf``, ``kt_int4x2_rows`` is ``kt_int4``.
     """
-    return re.sub(r"(?<=_block)\d+x\d+$|:.*$", "", source)
+    return re.sub(r"(?<=_block)\d+x\d+$|:.*$|(?<=^kt_int\d)x\d+_\w+$", "", source)
 
 
 def method_of(kind: str) -> Method | None:

@@ -278,6 +278,15 @@ class KtFolder:
         """Indices of the layers with experts, ascending."""
         return sorted(self._layers)
 
+    @property
+    def typical_layer(self) -> int:
+        """The first layer: all are alike."""
+        return self.layers[0]
+
+    def describe(self) -> str:
+        """What the experts are, in words."""
+        return f"{_METHOD_OF[self._bits]} experts that kt-kernel converted for {self.num_parts} NUMA nodes"
+
     def files(self, layer: int) -> list[str]:
         """Files that hold experts of a layer, relative to the folder, ascending."""
         return sorted({place.file for place in self._layers[layer].values()})

@@ -421,9 +421,10 @@ def test_the_methods_are_those_of_the_flags() -> None:
     kinds = [kind for method in METHODS.values() for kind in method.sources]
     assert len(kinds) == len(set(kinds)), "one method keeps a kind"
     assert {source_kind(quantizer.make(32, 192, torch.Generator()).source) for quantizer in QUANTIZERS.values()} == (
-        set(kinds) - {"gguf"}
+        set(kinds) - {"gguf", "kt_int4", "kt_int8"}
     )
     assert method_of("bf16") is None
+    assert [source_kind(name) for name in ("gguf:Q4_K", "kt_int8x2_rows", "fp16")] == ["gguf", "kt_int8", "fp16"]
     with pytest.raises(ValueError, match="SYCL_GPTQ_INT4 computes on Intel GPUs, .* use GPTQ_INT4"):
         get_method("SYCL_GPTQ_INT4")
     with pytest.raises(ValueError, match="method FP8 keeps the codes of quantized files.*AMXINT8, AMXINT4, BF16"):

@@ -187,6 +187,7 @@ PYTHON_LAYERS = (
     ("config", "deferral", "device_experts", "files", "progress", "proxy"),
     ("ops", "checkpoint", "device_stream", "environment", "packed_folder", "placement"),
     ("experts", "layer_chain", "packed_writer", "wrapper_checks"),
+    ("checkpoint_source",),
     ("loader", "converter", "expert_export"),
     ("wrapper", "collect_env", "convert_command", "bench"),
     ("hybrid_moe",),
