@@ -117,6 +117,9 @@ class CheckpointSource:
                 experts.load_experts(slots, **parts)
             else:
                 experts.load_sources(slots, first, second, **parts)
+            biases = [found for expert in logical if (found := self.checkpoint.biases(layer, expert))]
+            if biases:
+                experts.load_biases(slots, *map(list, zip(*biases, strict=True)))
         except RuntimeError as error:
             raise ValueError(
                 f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
@@ -142,6 +145,11 @@ class CheckpointSource:
         return FLOAT_SOURCES[next(iter(weights.values()))[0].dtype], weights
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.checkpoint.biases(layer, expert):
+            raise ValueError(
+                f"{self.folder} has experts with biases, which only experts on the CPU are computed with; leave all "
+                f"experts there."
+            )
         return expert_weights(self.checkpoint, layer, expert)
 
     def conclude(self) -> None:

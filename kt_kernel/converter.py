@@ -128,6 +128,11 @@ def convert(options: ConvertOptions) -> ConvertResult:
         source.check_layer(layer)
         layer_bytes[layer] = source.expert_bytes(layer) * num_experts
         source.close()
+    if source.biases(source.layers[0], 0):
+        raise ValueError(
+            f"{source.folder} has experts with biases, which converted folders do not hold; serve the checkpoint as it "
+            f"is."
+        )
     description = _describe(source, options, layout)
 
     writer = PackedWriter(options.output, description)

@@ -255,6 +255,29 @@ class CpuExperts:
         )
         self._check_tiles()
 
+    def load_biases(
+        self,
+        experts: Sequence[int],
+        gate: Sequence[torch.Tensor],
+        up: Sequence[torch.Tensor],
+        down: Sequence[torch.Tensor],
+    ) -> None:
+        """Add biases to the outputs of gate, up and down from now on.
+
+        Parameters
+        ----------
+        experts : sequence of int
+            Ids they are of.
+        gate, up, down : sequence of Tensor
+            One per id: ``[intermediate_size]`` twice, ``[hidden_size]``; bf16, fp16 or fp32, CPU.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            Wrong shapes or types, NaN or infinity, an expert that does not live here.
+        """
+        torch.ops.kt_kernel.load_bias(self._handle, list(experts), list(gate), list(up), list(down))
+
     def load_packed(self, experts: Sequence[int], w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> None:
         """Copy packed experts to the nodes that own them.
 

@@ -368,6 +368,9 @@ class KtFolder:
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be mapped ({error}); copy it again.") from error
 
+    def biases(self, layer: int, expert: int) -> None:
+        """None: the converter leaves them out."""
+
     def tensor_name(self, layer: int, expert: int, projection: str) -> str:
         """Name of the first tensor or file of ``gate``, ``up`` or ``down`` of an expert, for messages."""
         return self._layers[layer][_Key(expert, projection, 0, "weight")].name

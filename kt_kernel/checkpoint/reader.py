@@ -22,6 +22,7 @@ from kt_kernel.files import OpenFiles
 _ALL = -1  # in place of an expert: one tensor holds all experts of a layer
 _SINGLE = ("gate", "up", "down")
 _FUSED = ("gate_up", "down")
+_BIAS = Part(("bias",), ("BF16", "F16", "F32"), lambda numbers: ((numbers.n,),), needed=False)
 _TYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I64": 8, "F64": 8}
 
 
@@ -81,11 +82,6 @@ class Checkpoint:
             tensor = parse_name(name)
             if tensor is None or (num_layers is not None and tensor.layer >= num_layers):
                 continue
-            if tensor.part == "bias":
-                raise ValueError(
-                    f"{self.folder} has experts with biases (tensor {name}); kt_kernel supports experts without bias "
-                    f"so far."
-                )
             expert = _ALL if tensor.expert is None else tensor.expert
             parts = self._layers.setdefault(tensor.layer, {}).setdefault((expert, tensor.projection), {})
             if tensor.part in parts:
@@ -141,6 +137,12 @@ class Checkpoint:
                         f"{self.folder} lacks {missing} of {projection} of expert {expert} in layer {layer}, which "
                         f"expert 0 has ({first[missing].name}), so the checkpoint is incomplete."
                     )
+        biased = {projection: "bias" in parts for (_, projection), parts in matrices.items()}
+        if len(set(biased.values())) > 1:
+            has = ", ".join(projection for projection, found in biased.items() if found)
+            raise ValueError(
+                f"{self.folder} has biases for {has} of layer {layer} only; download the checkpoint again."
+            )
         if not fused and len(matrices) != 3 * num_experts:
             highest = max(expert for expert, _ in matrices)
             raise ValueError(
@@ -159,7 +161,7 @@ class Checkpoint:
     def typical_layer(self) -> int:
         """The first layer whose experts are quantized, by the tensors they have; the first where none is."""
         layers = self.layers
-        plain = {"weight"}
+        plain = {"weight", "bias"}
         return next((i for i in layers if any(set(parts) - plain for parts in self._layers[i].values())), layers[0])
 
     def files(self, layer: int) -> list[str]:
@@ -207,7 +209,7 @@ class Checkpoint:
             )
         stored = self._storage(layer)
         for (expert, projection), parts in self._layers[layer].items():
-            for part in ENCODINGS[stored[projection].encoding].parts:
+            for part in (*ENCODINGS[stored[projection].encoding].parts, _BIAS):
                 name = part.find(parts)
                 if name is not None:
                     self._check_part(parts[name], part, stored[projection], fused=expert == _ALL)
@@ -384,6 +386,22 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.tensor_name(layer, expert, projection)} {error}.") from None
         return encodings.source_of(kind.encoding, parts[0].dtype, numbers.block), parts
+
+    def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
+        """Biases of gate, up and down of one expert, a vector each; None where there are none."""
+        fused = self._is_fused(layer)
+        if "bias" not in self._layers[layer][_ALL if fused else expert, "down"]:
+            return None
+        found = []
+        for projection in _SINGLE:
+            key = projection if not fused or projection == "down" else "gate_up"
+            place = self._layers[layer][_ALL if fused else expert, key]["bias"]
+            bias = self._slice(place)[expert] if fused else self._files[place.file].get_tensor(place.name)
+            if key == "gate_up":
+                kind = self._storage(layer)[key]
+                bias = self._half(bias, kind, is_scale=False, first=projection == "gate").contiguous()
+            found.append(bias)
+        return found
 
     def _tensors(self, layer: int, expert: int, projection: str) -> tuple[dict[str, torch.Tensor], _Stored]:
         """Tensors of one matrix by the name of their part."""

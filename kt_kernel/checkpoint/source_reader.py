@@ -53,6 +53,9 @@ class SourceReader(Protocol):
     def source(self, layer: int, expert: int, projection: str) -> tuple[str, list[torch.Tensor]]:
         """Source string and parts of one matrix; :meth:`check_layer` must have been called."""
 
+    def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
+        """Biases of gate, up and down of one expert, a vector each; None where there are none."""
+
     def tensor_name(self, layer: int, expert: int, projection: str) -> str:
         """Name in the files of ``gate``, ``up`` or ``down`` of an expert, for messages."""
 

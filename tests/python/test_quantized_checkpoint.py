@@ -23,7 +23,7 @@ from quantized_checkpoints import (
 )
 from safetensors.torch import save_file
 
-from kt_kernel.checkpoint import Checkpoint
+from kt_kernel.checkpoint import Checkpoint, expert_weights
 from kt_kernel.checkpoint.names import ExpertTensor, is_interleaved, parse_name
 from kt_kernel.loader import open_source
 from kt_kernel.methods import ALIASES, FLOAT_METHODS, METHODS, get_method, method_of, source_kind, weight_dtype_of
@@ -244,8 +244,34 @@ def test_alternating_rows_are_cut(tmp_path: Path) -> None:
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     checkpoint = Checkpoint(write_folder(tmp_path, tensors, config, sizes=SIZES))
     assert_layer(checkpoint, experts)
+    assert checkpoint.biases(0, 1) is None
     first = tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"][1, 3].flatten()
     assert torch.equal(checkpoint.source(0, 1, "up")[1][0][1], first)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_biases_are_read(tmp_path: Path, fused: bool) -> None:
+    plain = random_experts(E, H, INNER)
+    tensors = layer_tensors(0, plain, style="transposed" if fused else "long")
+    biases = {"gate": torch.rand(E, INNER), "up": torch.rand(E, INNER), "down": torch.rand(E, H).bfloat16()}
+    if fused:  # rows alternate where a tensor of all experts has a bias
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        tensors[name] = torch.stack((plain.gate, plain.up), 2).flatten(1, 2).mT.contiguous()
+        tensors[name + "_bias"] = torch.stack((biases["gate"], biases["up"]), 2).flatten(1)
+        tensors["model.layers.0.mlp.experts.down_proj_bias"] = biases["down"]
+    else:
+        for expert in range(E):
+            for projection, stack in biases.items():
+                tensors[f"model.layers.0.mlp.experts.{expert}.{projection}_proj.bias"] = stack[expert].clone()
+    checkpoint = Checkpoint(write_folder(tmp_path, tensors, {}, sizes=SIZES))
+    checkpoint.check_layer(0)
+    for expert in range(E):
+        for found, stack in zip(checkpoint.biases(0, expert), biases.values(), strict=True):
+            assert torch.equal(found, stack[expert])
+        for found, stack in zip(expert_weights(checkpoint, 0, expert), plain, strict=True):
+            assert torch.equal(found, stack[expert])
+    with pytest.raises(ValueError, match="has experts with biases, .*leave all experts there"):
+        open_source(tmp_path, get_method("BF16")).weights(0, 0)
 
 
 def test_scales_of_a_row_may_lie_either_way(tmp_path: Path) -> None:
@@ -310,7 +336,7 @@ INT = torch.int32
         ("nvfp4", without("weight_scale_2"), "lacks weight_scale_2 beside"),
         ("mxfp4", without(".scale"), "quantized in a way that kt_kernel does not read .weight I8"),
         ("fp8", with_tensor("weight", 1, name=NAME.removeprefix("model.")), "has two tensors for one weight"),
-        ("fp8", with_tensor("bias", 1), "experts with biases .tensor .*up_proj.bias"),
+        ("fp8", with_tensor("bias", INNER), "has biases for up of layer 0 only"),
         ("fp8", with_tensor("down_proj", 1, name=NAME[:27]), "holds only .*down_proj.* of the experts of layer 0"),
         ("fp8", up_is_not_quantized, "a scale a block for gate and unquantized weights for up"),
         # of another type or shape
