@@ -12,7 +12,13 @@ from pathlib import Path
 
 import torch
 
-from kt_kernel.checkpoint import Checkpoint, describe_layers, expert_weights, resolve_folder
+from kt_kernel.checkpoint import (
+    SourceReader,
+    describe_layers,
+    expert_weights,
+    open_checkpoint,
+    resolve_folder,
+)
 from kt_kernel.config import MoEConfig, usable_cpus
 from kt_kernel.experts import packed_bytes
 from kt_kernel.files import write_atomically
@@ -57,7 +63,7 @@ class ConvertOptions:
     Attributes
     ----------
     input_path : str
-        Folder of a Hugging Face checkpoint, or a model id.
+        Folder of a Hugging Face checkpoint or of GGUF files, or a model id.
     output : Path
         Folder to write; empty, or begun by the same conversion.
     method : Method
@@ -117,7 +123,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     OSError
         The disk is full or fails; one sentence, finished layers stay.
     """
-    source = Checkpoint(resolve_folder(options.input_path))
+    source = open_checkpoint(resolve_folder(options.input_path), options.method.name)
     layout = options.method.layout_with_group(options.group_size)
     if options.output.exists() and options.output.resolve() == source.folder.resolve():
         raise ValueError(f"output {options.output} is the checkpoint itself; give another folder.")
@@ -173,7 +179,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         writer.close()
 
 
-def _check_sizes(source: Checkpoint, layout: str) -> None:
+def _check_sizes(source: SourceReader, layout: str) -> None:
     """Refuse a model that could be packed and never computed."""
     sizes = source.sizes
     try:
@@ -189,7 +195,7 @@ def _check_sizes(source: Checkpoint, layout: str) -> None:
         raise ValueError(f"{source.folder} cannot be converted: {error}") from error
 
 
-def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> PackedDescription:
+def _describe(source: SourceReader, options: ConvertOptions, layout: str) -> PackedDescription:
     from kt_kernel import __version__
 
     input_type = _input_type(source)
@@ -215,14 +221,22 @@ def _describe(source: Checkpoint, options: ConvertOptions, layout: str) -> Packe
         },
         moe_layers=source.layers,
         source_bytes={file: (source.folder / file).stat().st_size for file in files},
-        config_sha256=hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
+        config_sha256=_config_sha256(source.folder),
     )
 
 
-def _input_type(source: Checkpoint) -> str:
+def _config_sha256(folder: Path) -> str:
+    """Hash of config.json; a GGUF file, which has its sizes itself, has none."""
+    config = folder / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else ""
+
+
+def _input_type(source: SourceReader) -> str:
     """What the experts are, in the words of --input-type; several where gate, up and down differ."""
     layer = source.typical_layer
     kinds = {source_kind(source.source(layer, 0, projection)[0]) for projection in ("gate", "up", "down")}
+    if any(kind.startswith("kt_") for kind in kinds):
+        raise ValueError(f"{source.folder} holds {source.describe()}; serve them as they are.")
     source.close()
     return "+".join(sorted({INPUT_TYPES.get(kind, kind) for kind in kinds}))
 
@@ -231,7 +245,7 @@ def _input_type(source: Checkpoint) -> str:
 
 
 def _convert_layer(
-    source: Checkpoint,
+    source: SourceReader,
     source_files: _SourceFiles,
     writer: PackedWriter,
     layer: int,
@@ -270,7 +284,7 @@ def _convert_layer(
     progress.finish_layer(layer)
 
 
-def _pack(source: Checkpoint, layer: int, expert: int, layout: str, *matrices: torch.Tensor) -> PackedMatrix:
+def _pack(source: SourceReader, layer: int, expert: int, layout: str, *matrices: torch.Tensor) -> PackedMatrix:
     """Pack gate and up (w13), or down (w2)."""
     ops = torch.ops.kt_kernel
     merged = len(matrices) == 2
@@ -296,7 +310,7 @@ class _SourceFiles:
     beside the output until the conversion is complete.
     """
 
-    def __init__(self, source: Checkpoint, writer: PackedWriter) -> None:
+    def __init__(self, source: SourceReader, writer: PackedWriter) -> None:
         self._source = source
         self._writer = writer
         self._files = sorted({file for layer in source.layers for file in source.files(layer)})

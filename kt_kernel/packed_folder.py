@@ -38,7 +38,7 @@ class PackedDescription:
     package_version : str
         Version of kt_kernel that began the folder. Information only: layout and format version decide the bytes.
     input_type : str
-        ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        What ``--input-type`` calls the source's weights: ``"bf16"``, ``"fp8"``.
     model : dict
         model_type, num_experts, top_k, hidden_size, intermediate_size, num_hidden_layers.
     moe_layers : list of int
@@ -46,7 +46,7 @@ class PackedDescription:
     source_bytes : dict
         Size of every source file that holds experts, by name.
     config_sha256 : str
-        Hash of the source's config.json.
+        Hash of the source's config.json, where it has one.
     """
 
     method: str

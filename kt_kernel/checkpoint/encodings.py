@@ -126,7 +126,7 @@ ENCODINGS: dict[str, Encoding] = {
             "fp8 weights with a scale a row",
             (
                 Part(("weight",), ("F8_E4M3", "U8"), _whole),
-                Part(SCALES, _FLOATS, _rows),
+                Part(SCALES, ("F32", "BF16"), _rows),
             ),
         ),
         Encoding(

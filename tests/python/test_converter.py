@@ -137,7 +137,6 @@ def test_layers_beyond_the_model_are_not_converted(
         (["--input-type", "fp8"], "are bf16; give --input-type bf16"),
         (["--input-type", "fp16"], "are bf16; give --input-type bf16"),
         (["--quant-method", "awq"], "--quant-method awq is not made by kt_kernel.*--kt-method AWQ"),
-        (["--quant-method", "moe_int8"], "--quant-method moe_int8 is not supported"),
         (["--group-size", "48"], "48 is no multiple of 32"),
         (["--quant-method", "int8", "--group-size", "64"], "AMXINT8 has no groups"),
         (["--cpuinfer-threads", "0"], "--cpuinfer-threads is 0"),
