@@ -168,3 +168,19 @@ def _(kernel, a, row_idx, a_scale, panel, c):
 @torch.library.register_fake("kt_kernel::dequantize_w13")
 def _(packed, layout, intermediate_size, k):
     return tuple(packed.new_empty((intermediate_size, k), dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("kt_kernel::repack")
+def _(parts, source, layout, n, k):
+    return parts[0].new_empty((_packed_bytes(layout, n, k),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("kt_kernel::repack_w13")
+def _(gate, up, source, layout, n, k):
+    rows = (n + 31) // 32 * 64  # as of quantize_pack_w13
+    return gate[0].new_empty((_packed_bytes(layout, rows, k),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("kt_kernel::decode_source")
+def _(parts, source, n, k):
+    return parts[0].new_empty((n, k), dtype=torch.float32)

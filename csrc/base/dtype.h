@@ -8,7 +8,7 @@
 namespace kt {
 
 // The codes of packed weights below 8 bits have no dtype of torch's: kFp4 is E2M1, kIq4 the table of
-// llama.cpp's IQ4_NL, kFp8 e4m3fn.
+// llama.cpp's IQ4_NL, kFp8 e4m3fn. kE8M0: powers of two, scales of the MX formats.
 enum class DType : uint8_t {
   kFloat32,
   kBFloat16,
@@ -25,6 +25,7 @@ enum class DType : uint8_t {
   kFp8,
   kFp4,
   kIq4,
+  kE8M0,
 };
 
 inline const char* dtype_name(DType dtype) {
@@ -44,6 +45,7 @@ inline const char* dtype_name(DType dtype) {
     case DType::kFp8: return "fp8";
     case DType::kFp4: return "fp4";
     case DType::kIq4: return "iq4";
+    case DType::kE8M0: return "e8m0";
   }
   return "unknown";
 }
@@ -59,7 +61,8 @@ inline int dtype_bits(DType dtype) {
     case DType::kInt6: return 6;
     case DType::kInt8:
     case DType::kUint8:
-    case DType::kFp8: return 8;
+    case DType::kFp8:
+    case DType::kE8M0: return 8;
     case DType::kBFloat16:
     case DType::kFloat16: return 16;
     case DType::kFloat32:

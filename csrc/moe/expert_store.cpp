@@ -152,6 +152,30 @@ void ExpertStore::load(const std::vector<Source>& sources) {
   });
 }
 
+void ExpertStore::load_sources(const std::vector<Encoded>& sources) {
+  std::vector<int> experts;
+  for (const Encoded& source : sources) {
+    experts.push_back(source.expert);
+    for (const auto* matrix : {&source.gate, &source.up, &source.down}) {
+      const bool is_down = matrix == &source.down;
+      const int64_t n = is_down ? config_.hidden_size : config_.intermediate_size;
+      const int64_t k = is_down ? config_.intermediate_size : config_.hidden_size;
+      KT_CHECK(matrix->n == n && matrix->k == k,
+               "layer " << config_.layer_idx << ", expert " << source.expert << ": a matrix is ["
+                        << matrix->n << ", " << matrix->k << "]; it must be [" << n << ", " << k
+                        << "].");
+      check_source_layout(*matrix, config_.layout(is_down ? Projection::kW2 : Projection::kW13));
+    }
+  }
+  fill_panels(experts, [&](int64_t i, Projection projection, int64_t p, uint8_t* dst) {
+    const Encoded& source = sources[i];
+    pack_source_panel(config_.layout(projection),
+                      projection == Projection::kW13 ? w13_source_rows(source.gate, source.up, p)
+                                                     : matrix_source_rows(source.down, p),
+                      dst);
+  });
+}
+
 void ExpertStore::load_packed(const std::vector<Packed>& sources) {
   std::vector<int> experts;
   for (const Packed& source : sources) experts.push_back(source.expert);

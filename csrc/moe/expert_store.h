@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "format/quantize.h"
+#include "format/source.h"
 #include "moe/moe_config.h"
 #include "system/numa_arena.h"
 #include "system/worker_pool.h"
@@ -34,7 +35,7 @@ class ExpertStore {
   // [hidden_size, intermediate_size], row-major. Quantizes and packs on the pool, each panel on the
   // node that owns it.
   //
-  // Errors  (load and load_packed) kt::Error for an expert without a place here, or twice in one
+  // Errors  (all of load_*) kt::Error for an expert without a place here, or twice in one
   //         call.
   struct Source {
     int expert;
@@ -44,6 +45,17 @@ class ExpertStore {
     DType dtype;
   };
   void load(const std::vector<Source>& sources);
+
+  // The matrices of one expert as a checkpoint has them, sizes as above. Kept as they are, or
+  // decoded and quantized, as the layouts have it (format/source.h); what they cannot become is
+  // refused before any expert is touched.
+  struct Encoded {
+    int expert;
+    SourceMatrix gate;
+    SourceMatrix up;
+    SourceMatrix down;
+  };
+  void load_sources(const std::vector<Encoded>& sources);
 
   // Packed bytes of one expert (matrix_bytes of w13 and of w2).
   struct Packed {

@@ -99,13 +99,6 @@ at::Tensor sync(const at::Tensor& ticket, const at::Tensor& hidden_states) {
   return output;
 }
 
-// Layers count experts in int: an id that does not fit must not become another one.
-int expert_id(int64_t expert) {
-  KT_CHECK(expert >= 0 && expert <= INT32_MAX,
-           "expert " << expert << " is no expert id; ids are 0 to num_experts - 1.");
-  return static_cast<int>(expert);
-}
-
 std::vector<int> expert_list(at::IntArrayRef experts, at::TensorList first, at::TensorList second) {
   KT_CHECK(experts.size() == first.size() && experts.size() == second.size(),
            "got " << experts.size() << " experts, but " << first.size() << " and " << second.size()

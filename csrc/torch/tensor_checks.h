@@ -31,6 +31,13 @@ inline void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const c
            name << " has shape " << tensor.sizes() << "; it must be " << shape << ".");
 }
 
+// Layers count experts in int: an id that does not fit must not become another one.
+inline int expert_id(int64_t expert) {
+  KT_CHECK(expert >= 0 && expert <= INT32_MAX,
+           "expert " << expert << " is no expert id; ids are 0 to num_experts - 1.");
+  return static_cast<int>(expert);
+}
+
 // Registers an operator for every device, without a derivative, so that a tensor on a wrong device
 // meets our checks and not a missing kernel; the fake implementations in kt_kernel/ops.py serve
 // tracing.
