@@ -132,17 +132,28 @@ inline void store_bf16_tile(const GemmArgs& args, int row, const __m512 (&acc)[k
   }
 }
 
-// The end of an int4 tile of 16 * kLines columns from line `first_line` on: c = total * a_scale.
+// The end of block `index` of the activations, in a tile of 16 * kLines columns from line
+// `first_line` on: c = total * a_scale, or what the blocks before it gave plus that.
 template <int kRows, int kLines>
-inline void store_int4_tile(const GemmArgs& args, int row, int first_line,
-                            const __m512 (&total)[kRows][kLines]) {
+inline void store_block(const GemmArgs& args, int row, int first_line, int64_t index,
+                        const __m512 (&total)[kRows][kLines]) {
+  const int64_t stride = args.a_block < args.k ? args.a_scale_stride : 1;
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
-    const __m512 a_scale = _mm512_set1_ps(args.a_scale[row_index(args, row + i)]);
+    const float* const scales = args.a_scale + row_index(args, row + i) * stride;
+    const __m512 a_scale = _mm512_set1_ps(scales[index]);
     float* c = args.c + (row + i) * args.c_stride + kLineColumns * first_line;
+    if (index == 0) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kLines; ++j)
-      _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
+      for (int j = 0; j < kLines; ++j)
+        _mm512_storeu_ps(c + kLineColumns * j, _mm512_mul_ps(total[i][j], a_scale));
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) {
+        const __m512 before = _mm512_loadu_ps(c + kLineColumns * j);
+        _mm512_storeu_ps(c + kLineColumns * j, _mm512_fmadd_ps(total[i][j], a_scale, before));
+      }
+    }
   }
 }
 
@@ -166,9 +177,11 @@ inline void store_int8_tile(const GemmArgs& args, int row, const Int32x16 (&acc)
 // bring in two of the four lines of a k-step each, so all of it is there when its turn comes. With
 // a single block the caches' own prefetch of one ascending stream is faster: two or four lines a
 // k-step cost up to 40 % at 5 and 6 rows (measured on Zen4).
+// kLines: those of a k-step, if not four.
+template <int kLines = 4>
 inline const uint8_t* prefetch_source(const GemmArgs& args, const RowBlock& block) {
   const bool worthwhile = block.count >= 2 && block.index < 2 && args.next_panel != nullptr;
-  return worthwhile ? args.next_panel + 128 * block.index : nullptr;
+  return worthwhile ? args.next_panel + 64 * (kLines / 2) * block.index : nullptr;
 }
 
 // Asks for kLines lines 4 KB ahead in the panel, into the L2: with one row the loads are all the
@@ -182,9 +195,12 @@ inline void prefetch_ahead(const uint8_t* lines) {
     _mm_prefetch(reinterpret_cast<const char*>(lines + kAheadBytes + 64 * j), _MM_HINT_T1);
 }
 
-inline void prefetch_two_lines(const uint8_t* source) {
-  _mm_prefetch(reinterpret_cast<const char*>(source), _MM_HINT_T1);
-  _mm_prefetch(reinterpret_cast<const char*>(source + 64), _MM_HINT_T1);
+// Half of kLines lines, rounded up.
+template <int kLines>
+inline void prefetch_half(const uint8_t* source) {
+#pragma GCC unroll 8
+  for (int j = 0; j < (kLines + 1) / 2; ++j)
+    _mm_prefetch(reinterpret_cast<const char*>(source + 64 * j), _MM_HINT_T1);
 }
 
 // How many lines of the rows behind its own a block fetches, one a k-step, in its last steps. Rows
@@ -221,7 +237,7 @@ inline void add_dot_range(Sum (&acc)[kRows][4], const uint8_t* const (&a)[kRows]
                           const uint8_t* panel, int64_t begin, int64_t end,
                           const uint8_t* next_panel, const uint8_t* next_rows, Dot dot) {
   for (int64_t step = begin; step < end; ++step) {
-    if constexpr (kPanel) prefetch_two_lines(next_panel + kStepBytes * step);
+    if constexpr (kPanel) prefetch_half<4>(next_panel + kStepBytes * step);
     if constexpr (kNextRows) {
       _mm_prefetch(reinterpret_cast<const char*>(next_rows), _MM_HINT_T0);
       next_rows += 64;

@@ -1,6 +1,6 @@
 // int4 GEMM on AVX-512 without VNNI: unsigned codes + 8 times signed activations by maddubs, summed
 // in int16 over 32 k (8 * 2 * 15 * 128 < 2^15), then in int32 to the end of the group, then folded
-// into the fp32 result.
+// into the fp32 sum of the block of activations.
 #include "kernels/x86/gemm_avx512.h"
 
 namespace kt {
@@ -49,7 +49,7 @@ struct Tile {
     const uint8_t* panel = args.panel;
     const uint8_t* next = prefetch_source(args, block);
     int64_t k = 0;
-    for (int64_t group = 0; k < args.k; ++group) {
+    for (int64_t group = 0, index = 0; k < args.k; ++group) {
       const int64_t k_end = k + args.group_size < args.k ? k + args.group_size : args.k;
       Int32x16 sum[kRows][4];
 #pragma GCC unroll 2
@@ -62,7 +62,7 @@ struct Tile {
         if (next != nullptr) {
 #pragma GCC unroll 4
           for (int step = 0; step < 4; ++step)
-            prefetch_two_lines(next + (panel - args.panel) + kStepBytes * step);
+            prefetch_half<4>(next + (panel - args.panel) + kStepBytes * step);
         }
         add_32(sum, a, panel, k);
       }
@@ -74,8 +74,14 @@ struct Tile {
           total[i][j] = _mm512_fmadd_ps(to_float(sum[i][j]), scale, total[i][j]);
       }
       panel += 2 * kPanelColumns;
+      if (k % args.a_block != 0 && k < args.k) continue;
+      store_block(args, block.row, 0, index++, total);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) total[i][j] = _mm512_setzero_ps();
+      }
     }
-    store_int4_tile(args, block.row, 0, total);
   }
 };
 
