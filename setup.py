@@ -79,6 +79,7 @@ setup(
         "kt_kernel",
         "kt_kernel.bench",
         "kt_kernel.bench.peers",
+        "kt_kernel.checkpoint",
         "kt_kernel.device_stream",
         "kt_kernel.integrations",
         "kt_kernel.integrations.sglang",
@@ -88,7 +89,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     # Asked for by pip's isolated build; here rather than in pyproject.toml because the version is a variable.
     setup_requires=[f"torch=={TORCH_VERSION}", "pybind11>=2.12", *BUILD_TOOLS],
-    install_requires=[f"torch=={TORCH_VERSION}", "numpy", "safetensors>=0.8", "tqdm>=4.60"],
+    install_requires=[f"torch=={TORCH_VERSION}", "numpy", "gguf>=0.18", "safetensors>=0.8", "tqdm>=4.60"],
     extras_require={"bench": ["matplotlib>=3.8"]},  # --plot of python -m kt_kernel.bench
     entry_points={
         "sglang.srt.plugins": ["kt_kernel = kt_kernel.integrations.sglang:register"],
