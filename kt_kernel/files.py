@@ -18,6 +18,11 @@ from safetensors import SafetensorError, safe_open
 PART_PREFIX = ".kt-part-"
 
 
+def sayable(text: object) -> str:
+    """What a file or a library says, fit for a message: its beginning, with what cannot be printed escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:300])
+
+
 def open_safetensors(path: Path) -> safe_open:
     """Open a safetensors file; its tensors are views of the mapped file, which lives as long as one of them.
 
@@ -26,14 +31,40 @@ def open_safetensors(path: Path) -> safe_open:
     ValueError
         Missing, cut off, no safetensors file, or larger than the system lets be mapped; one sentence that names it.
     """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise ValueError(f"{path} is missing; copy it again.")
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy it again.") from None
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no safetensors file or is cut off ({error}); copy it again.") from error
+        raise ValueError(f"{path} is no safetensors file or is cut off ({sayable(error)}); copy it again.") from error
     except RuntimeError as error:  # torch, which maps the data privately and so needs the kernel to allow for its size
-        raise ValueError(f"{path} cannot be mapped ({error}); allow more address space (ulimit -v).") from error
+        raise ValueError(f"{path} cannot be mapped ({sayable(error)}); allow more memory (ulimit -v).") from error
+
+
+def read_small_file(path: Path) -> bytes:
+    """All bytes of a regular file: a pipe would make the reader wait.
+
+    Raises
+    ------
+    FileNotFoundError
+        Missing.
+    ValueError
+        No file, or not readable; one sentence.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; copy it again.")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk.") from error
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name that a file gives is that of a file in its folder or below, and can be said in a message."""
+    parts = name.split("/")
+    return name.isprintable() and len(name.encode()) <= 255 and not {"", ".", ".."}.intersection(parts)
 
 
 class OpenFiles:

@@ -11,6 +11,7 @@ The bytes depend on the checkpoint, the layout and nothing else: not on threads,
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,12 +20,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from kt_kernel.files import OpenFiles, open_safetensors
+from kt_kernel.files import OpenFiles, is_file_name, open_safetensors, read_small_file
 
 MANIFEST = "manifest.json"
 FORMAT = "kt-packed-experts"
 FORMAT_VERSION = 2
 _SHARD_PREFIX = "kt-layer-"
+# What a manifest must hold to be read. A dict of one type: any names, each with that; int: not negative.
+_FORM = {
+    "method": str,
+    "layout": str,
+    "complete": bool,
+    "model": {"num_experts": int, "hidden_size": int, "intermediate_size": int},
+    "moe_layers": [int],
+    "layers": {str: {str: {"bytes": int, "tensors": {str: {"bytes": int, "crc32": str}}}}},
+    "copied_files": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,10 @@ def _body_crc32(body: dict) -> int:
 
 def _manifest_bytes(folder: Path) -> bytes | None:
     """Contents of a folder's manifest.json, None where there is no such file."""
-    path = folder / MANIFEST
     try:
-        return path.read_bytes()
+        return read_small_file(folder / MANIFEST)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk.") from error
 
 
 def read_manifest(folder: Path) -> dict:
@@ -121,20 +129,48 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{folder} has no {MANIFEST}; it is no folder of converted experts.")
     try:
         manifest = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); convert again into an empty folder.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of kt_kernel; give a folder made by scripts/convert_cpu_weights.py.")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has format version {version!r} and this kt_kernel reads version {FORMAT_VERSION}; convert the "
-            f"checkpoint again or install the kt_kernel that wrote it ({manifest.get('package_version')})."
+            f"{folder} has format version {version!a} and this kt_kernel reads version {FORMAT_VERSION}; convert the "
+            f"checkpoint again or install the kt_kernel that wrote it ({manifest.get('package_version')!a})."
         )
     body = {key: value for key, value in manifest.items() if key != "manifest_crc32"}
     if manifest.get("manifest_crc32") != f"{_body_crc32(body):08x}":
         raise ValueError(f"{path} does not match its own checksum; convert again into an empty folder.")
+    misfit = _misfit({"copied_files": {}} | manifest, _FORM, "")
+    if misfit is None:
+        names = [name for entries in manifest["layers"].values() for name in entries]
+        names += manifest.get("copied_files", ())
+        outside = [name for name in names if not is_file_name(name)]
+        layers = [layer for layer in manifest["layers"] if not re.fullmatch("0|[1-9][0-9]{0,8}", layer)]
+        misfit = next((f"name {name[:80]!a}" for name in outside + layers), None)
+    if misfit is not None:
+        raise ValueError(f"{path} has a {misfit} that no conversion writes; convert again into an empty folder.")
     return manifest
+
+
+def _misfit(value: object, form: object, place: str) -> str | None:
+    """The first place below a value that is not of its form, which has the shape of :data:`_FORM`; None: none."""
+    if isinstance(form, type):
+        fits = type(value) is form and (value >= 0 if form is int else value.isprintable() if form is str else True)
+        return None if fits else f"value of {place.lstrip('.')}"
+    if type(value) is not type(form):
+        return f"value of {place.lstrip('.')}"
+    if isinstance(value, list):
+        below = [(item, form[0], f"{place}[{index}]") for index, item in enumerate(value)]
+    elif str in form:
+        odd = next((name for name in value if not name or not name.isprintable()), None)
+        if odd is not None:
+            return f"name {odd[:80]!a}"
+        below = [(item, form[str], f"{place}.{name}") for name, item in value.items()]
+    else:
+        below = [(value.get(name), item, f"{place}.{name}") for name, item in form.items()]
+    return next(filter(None, (_misfit(*each) for each in below)), None)
 
 
 def is_packed_folder(folder: Path) -> bool:
@@ -152,7 +188,7 @@ def is_packed_folder(folder: Path) -> bool:
         return False
     try:
         manifest = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         manifest = None
     if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
         return True
@@ -186,7 +222,7 @@ class PackedFolder:
         for layer in self.layers:
             for name, entry in self._entries(layer).items():
                 path = self.folder / name
-                size = path.stat().st_size if path.exists() else None
+                size = path.stat().st_size if path.is_file() else None
                 if size != entry["bytes"]:
                     found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
                     raise ValueError(
@@ -255,22 +291,23 @@ class PackedFolder:
         for expert in range(found_experts):
             for part, size in (("w13", w13_bytes), ("w2", w2_bytes)):
                 tensor = f"experts.{expert}.{part}"
-                file = self._file_name(layer, tensor)
-                found = self._size(file, tensor)
-                if found != size:
-                    words = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                    raise ValueError(f"tensor {tensor} of {self.folder / file} {words}; convert again.")
+                header = self._slice(layer, tensor)
+                if (header.get_dtype(), header.get_shape()) != ("U8", [size]):
+                    raise ValueError(
+                        f"tensor {tensor} of {self.folder / self._file_name(layer, tensor)} has "
+                        f"shape {header.get_shape()} of {header.get_dtype()} instead of [{size}] of U8; convert again."
+                    )
 
-    def _size(self, file: str, tensor: str) -> int | None:
+    def _slice(self, layer: int, tensor: str):
+        file = self._file_name(layer, tensor)
         try:
-            return self._files[file].get_tensor(tensor).nbytes
+            return self._files[file].get_slice(tensor)
         except SafetensorError:
-            return None
+            raise ValueError(f"tensor {tensor} of {self.folder / file} is missing; convert again.") from None
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed w13 and w2 of an expert: uint8 views of the mapped file."""
-        names = (f"experts.{expert}.w13", f"experts.{expert}.w2")
-        w13, w2 = (self._files[self._file_name(layer, name)].get_tensor(name) for name in names)
+        w13, w2 = (self._slice(layer, f"experts.{expert}.{part}")[:] for part in ("w13", "w2"))
         return w13, w2
 
     def close(self) -> None:
@@ -299,7 +336,7 @@ def check_file(
     str or None
         What is wrong, in one sentence that names file and tensor; None if nothing is.
     """
-    if not path.exists():
+    if not path.is_file():
         return f"{path} is missing."
     if path.stat().st_size != entry["bytes"]:
         return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}."
@@ -367,7 +404,7 @@ def verify(
             finished(layer)
     for name, digest in manifest.get("copied_files", {}).items():
         path = root / name
-        if not path.exists():
+        if not path.is_file():
             problems.append(f"{path} is missing.")
         elif sha256(path.read_bytes()).hexdigest() != digest:
             problems.append(f"{path} does not match its checksum.")

@@ -181,13 +181,14 @@ class KtFolder:
 
     def _check_complete(self, layer: int) -> None:
         places, num_experts = self._layers[layer], self._num_experts()
-        wanted = [
+        # Not made before they are looked for: names of files may promise any number.
+        wanted = (
             _Key(expert, projection, part, kind)
             for expert in range(num_experts)
             for projection in _PROJECTIONS
             for part in range(self.num_parts)
             for kind in ("weight", "scale")
-        ]
+        )
         for key in wanted:
             if key not in places:
                 raise ValueError(
@@ -195,8 +196,8 @@ class KtFolder:
                     f"NUMA part {key.part} of {self.num_parts} ({num_experts} experts a layer); copy or convert it "
                     f"again."
                 )
-        if len(places) != len(wanted):
-            place = next(place for key, place in places.items() if key not in set(wanted))
+        if len(places) != 2 * len(_PROJECTIONS) * num_experts * self.num_parts:
+            place = next(p for key, p in places.items() if key.expert >= num_experts or key.part >= self.num_parts)
             raise ValueError(
                 f"{self.folder} has {place.name}, but the model has {num_experts} experts and the first layer "
                 f"{self.num_parts} NUMA parts; copy or convert it again."

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kt_kernel.files import read_small_file
+
 _NESTED_CONFIGS = ("text_config", "language_config", "llm_config")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
@@ -29,12 +31,12 @@ def read_json_object(path: Path) -> dict:
     Raises
     ------
     ValueError
-        No JSON object.
+        No JSON object, or it cannot be read.
     FileNotFoundError
         Missing.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small_file(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); copy the file again.") from error
     if not isinstance(content, dict):
@@ -90,8 +92,9 @@ def model_sizes(folder: Path) -> ModelSizes:
             f"mixture-of-experts model."
         )
 
+    model_type = text.get("model_type") or config.get("model_type")
     return ModelSizes(
-        model_type=str(text.get("model_type") or config.get("model_type") or "unknown"),
+        model_type=model_type if isinstance(model_type, str) and model_type.isprintable() else "unknown",
         num_experts=size(*_NUM_EXPERTS_KEYS),
         top_k=size("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
         hidden_size=size("hidden_size"),

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kt_kernel.checkpoint.model_folder import read_config, read_json_object, text_config
+from kt_kernel.files import sayable
 
 # Beside config.json: what older tools wrote there.
 _OLDER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
+_MAX_BLOCK = 1 << 20  # no model has longer rows
 _FP8 = ("fp8_block", "fp8_row")
 _MX = ("mxfp4", "mxfp8")
 # compressed-tensors: the encodings of each format. None: any, each layer says for itself.
@@ -81,7 +83,7 @@ def read_quantization(folder: Path) -> Quantization | None:
     if not content:
         return None
     if not isinstance(content, dict):
-        raise ValueError(f"{source} is {content!r}, which is no JSON object; copy the file again.")
+        raise ValueError(f"{source} is {sayable(repr(content))}, which is no JSON object; copy the file again.")
     return _Reader(content, source).read()
 
 
@@ -93,7 +95,7 @@ class _Reader:
         self._source = source
 
     def read(self) -> Quantization:
-        method = str(self._content.get("quant_method") or self._guess()).lower()
+        method = sayable(self._content.get("quant_method") or self._guess()).lower()
         read = {
             "fp8": self._fp8,
             "mxfp8": self._fp8,
@@ -127,7 +129,7 @@ class _Reader:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(
-                    f"{key} in {self._source} is {value!r}, which is no whole number; copy the file again."
+                    f"{key} in {self._source} is {sayable(repr(value))}, which is no whole number; copy the file again."
                 )
             return value
         return None
@@ -142,22 +144,24 @@ class _Reader:
     def _block(self, value: Any, key: str) -> tuple[int, int] | None:
         if value is None:
             return None
-        if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)):
+        pair = value if isinstance(value, list) and len(value) == 2 else (0, 0)
+        if not all(type(size) is int and 0 < size <= _MAX_BLOCK for size in pair):
             raise ValueError(
-                f"{key} in {self._source} is {value!r}, which is no pair of positive numbers; copy the file again."
+                f"{key} in {self._source} is {sayable(repr(value))}, which is no pair of positive numbers; copy the "
+                f"file again."
             )
-        return value[0], value[1]
+        return pair[0], pair[1]
 
     def _fp8(self) -> Quantization:
         # models whose other weights are fp8 have fp4 experts under the same method
         return Quantization(
-            str(self._content["quant_method"]),
+            sayable(self._content["quant_method"]),
             (*_FP8, *_MX),
             block=self._block(self._content.get("weight_block_size"), "weight_block_size"),
         )
 
     def _modelopt(self) -> Quantization:
-        algorithm = str(self._content.get("quant_algo") or "unnamed").upper()
+        algorithm = sayable(self._content.get("quant_algo") or "unnamed").upper()
         return Quantization(
             f"modelopt {algorithm}",
             _MODELOPT_ALGORITHMS.get(algorithm, ()),
@@ -169,7 +173,7 @@ class _Reader:
         groups = list(groups.values()) if isinstance(groups, dict) else []
         schemes = [group for group in groups if isinstance(group, dict)]
         weights = [group["weights"] for group in schemes if isinstance(group.get("weights"), dict)]
-        form = str(self._content.get("format") or "unnamed")
+        form = sayable(self._content.get("format") or "unnamed")
         encodings = _COMPRESSED_FORMATS.get(form, ())
         reason = ""
         bits = {self._number(w, "num_bits") for w in weights}
@@ -193,19 +197,19 @@ class _Reader:
         return Quantization(name, (encoding,), group_size=self._group_size(self._content))
 
     def _gptq(self) -> Quantization:
-        form = str(self._content.get("checkpoint_format") or "gptq").lower()
+        form = sayable(self._content.get("checkpoint_format") or "gptq").lower()
         if form not in ("gptq", "gptq_v2"):
             return Quantization("gptq", (), f"has checkpoint_format {form}")
         return self._four_bits(form, form)
 
     def _awq(self) -> Quantization:
-        version = str(self._content.get("version") or "gemm").lower()
+        version = sayable(self._content.get("version") or "gemm").lower()
         if version != "gemm":
             return Quantization("awq", (), f"has version {version}")
         return self._four_bits("awq", "awq")
 
     def _auto_round(self) -> Quantization:
-        packing = str(self._content.get("packing_format") or "unnamed").lower()
+        packing = sayable(self._content.get("packing_format") or "unnamed").lower()
         encoding = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing)
         if encoding is None:
             return Quantization("auto-round", (), f"has packing_format {packing}")

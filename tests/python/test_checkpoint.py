@@ -232,7 +232,7 @@ def test_an_index_to_a_missing_shard_is_refused(tmp_path: Path) -> None:
 def test_a_broken_index_is_refused(tmp_path: Path, index: str) -> None:
     write_checkpoint(tmp_path, {0: random_experts(E, H, INNER)}, num_shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match="index.json (is no safetensors index|has a weight_map).*; copy the file"):
+    with pytest.raises(ValueError, match="index.json (is no|has a weight_map).*; copy the file"):
         Checkpoint(tmp_path)
 
 

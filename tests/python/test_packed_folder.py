@@ -248,7 +248,7 @@ def test_another_models_checkpoint_is_refused(folder: Path, changes: dict) -> No
 
 def test_tensors_of_wrong_size_are_refused(folder: Path) -> None:
     rewrite_manifest(folder, layout="int4g64_n64k8_r512_v1")
-    with pytest.raises(ValueError, match=r"experts.0.w13 .*has \d+ bytes instead of \d+"):
+    with pytest.raises(ValueError, match=r"experts.0.w13 .*has shape \[\d+\] of U8 instead of \[\d+\]"):
         make_wrapper(folder).load_weights(torch.arange(E))
 
 
