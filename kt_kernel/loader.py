@@ -117,9 +117,10 @@ def _fingerprint(folder: Path) -> tuple:
     """Changes when the folder's contents were replaced."""
     names = ("config.json", "model.safetensors.index.json", "model.safetensors", MANIFEST)
     stats = []
-    for name in names:
+    gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    for path in (*(folder / name for name in names), *gguf):
         try:
-            status = (folder / name).stat()
+            status = path.stat()
             stats.append((status.st_mtime_ns, status.st_size))
         except OSError:
             stats.append(None)

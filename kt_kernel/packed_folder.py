@@ -109,6 +109,8 @@ def _body_crc32(body: dict) -> int:
 
 def _manifest_bytes(folder: Path) -> bytes | None:
     """Contents of a folder's manifest.json, None where there is no such file."""
+    if not folder.is_dir():
+        return None
     try:
         return read_small_file(folder / MANIFEST)
     except FileNotFoundError:

@@ -65,10 +65,16 @@ class TooSlow(BaseException):
 
 
 def valid_gguf(folder: Path) -> None:
-    from gguf_files import random_layer, sizes_of, write_gguf
+    from gguf_files import random_biases, random_layer, sizes_of, write_gguf
 
     layers = {0: random_layer(("Q4_0", "Q8_0", "F16"), hidden=32), 1: random_layer("MXFP4", hidden=32, fused=True)}
-    write_gguf(folder / "m.gguf", layers, sizes_of(2, 32, 32, 2), split_max_tensors=3)
+    write_gguf(
+        folder / "m.gguf",
+        layers,
+        sizes_of(2, 32, 32, 2),
+        split_max_tensors=3,
+        biases={1: random_biases(layers[1], "F32")},
+    )
 
 
 def valid_checkpoint(folder: Path, style: str, num_shards: int) -> None:
@@ -146,6 +152,7 @@ def read_sources(checkpoint: Any) -> None:
         checkpoint.check_layer(layer)
         checkpoint.expert_bytes(layer)
         for expert in {0, checkpoint.sizes.num_experts - 1}:
+            checkpoint.biases(layer, expert)
             for projection in ("gate", "up", "down"):
                 checkpoint.tensor_name(layer, expert, projection)
                 for part in checkpoint.source(layer, expert, projection)[1]:

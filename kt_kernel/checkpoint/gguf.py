@@ -3,6 +3,7 @@
     blk.{L}.ffn_{gate,up}_exps.weight   [E, I, H]
     blk.{L}.ffn_gate_up_exps.weight     [E, 2 I, H], gate first; in place of both
     blk.{L}.ffn_down_exps.weight        [E, H, I]
+    blk.{L}.ffn_{...}_exps.bias         [E, n], of all of them or of none
 
 Each tensor has a type of its own; the rows of a matrix are whole blocks, one after the other.
 """
@@ -27,6 +28,7 @@ READABLE_TYPES = (
 
 _EXPERTS = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,5})\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>.+)")
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Linux on x86: a private mapping that claims no swap for its size. Private, because torch wants to be able to write.
 _MAP_NORESERVE = 0x4000
 
@@ -60,6 +62,7 @@ class GgufCheckpoint:
         headers = _model_headers(self.folder)
         self.sizes = _model_sizes(headers[0])
         self._layers: dict[int, dict[str, _Place]] = {}
+        self._biases: dict[int, dict[str, _Place]] = {}
         self._lock = threading.Lock()
         self._mapped: dict[Path, torch.Tensor] = {}
         for header in headers:
@@ -85,17 +88,19 @@ class GgufCheckpoint:
             layer = int(match["layer"])
             if self.sizes.num_hidden_layers is not None and layer >= self.sizes.num_hidden_layers:
                 continue
-            if match["kind"] != "weight":
+            tables = {"weight": (self._layers, READABLE_TYPES), "bias": (self._biases, tuple(_FLOATS))}
+            if match["kind"] not in tables:
                 raise ValueError(
-                    f"{header.path} has a {match['kind']} for its experts (tensor {name}); kt_kernel supports GGUF "
-                    f"experts that are weights alone so far."
+                    f"{header.path} has a {match['kind']} for its experts (tensor {name}); kt_kernel reads weights and "
+                    f"biases."
                 )
-            if tensor.type_name not in READABLE_TYPES:
+            table, types = tables[match["kind"]]
+            if tensor.type_name not in types:
                 raise ValueError(
-                    f"tensor {name} of {header.path} has type {tensor.type_name}; kt_kernel reads "
-                    f"{', '.join(READABLE_TYPES)}, so take a quantization that uses only these for its experts."
+                    f"tensor {name} of {header.path} has type {tensor.type_name}; kt_kernel reads {', '.join(types)}, "
+                    f"so take a quantization that uses only these for its experts."
                 )
-            places = self._layers.setdefault(layer, {})
+            places = table.setdefault(layer, {})
             if match["part"] in places:
                 raise ValueError(
                     f"tensor {name} is in {places[match['part']].file.path} and in {header.path}; download them again."
@@ -158,8 +163,14 @@ class GgufCheckpoint:
             )
         experts, hidden, inter = self.sizes.num_experts, self.sizes.hidden_size, self.sizes.intermediate_size
         shapes = {"gate_up": (experts, 2 * inter, hidden), "down": (experts, hidden, inter)}
-        for part, (header, tensor) in self._layers[layer].items():
-            shape = shapes.get(part, (experts, inter, hidden))
+        wanted = {part: shapes.get(part, (experts, inter, hidden)) for part in self._layers[layer]}
+        biases = self._biases.get(layer, {})
+        if biases and set(biases) != set(wanted):
+            raise ValueError(
+                f"{self.folder} has biases for {', '.join(sorted(biases))} of layer {layer} only; download it again."
+            )
+        found = [(place, wanted[part]) for part, place in self._layers[layer].items()]
+        for (header, tensor), shape in [*found, *((place, wanted[part][:2]) for part, place in biases.items())]:
             if tensor.shape != shape:
                 raise ValueError(
                     f"tensor {tensor.name} of {header.path} has shape {list(tensor.shape)}, but the file's own sizes "
@@ -183,24 +194,37 @@ class GgufCheckpoint:
         tuple
             ``"gguf:Q4_K"`` and one uint8 tensor ``[n, row_bytes]``, a view of the mapped file.
         """
-        place, first_row, rows = self._rows(layer, projection)
-        header, tensor = place
-        row_bytes = tensor.num_bytes // (tensor.shape[0] * tensor.shape[1])
-        begin = tensor.offset + (expert * tensor.shape[1] + first_row) * row_bytes
-        blocks = self._bytes_of(header)[begin : begin + rows * row_bytes].view(rows, row_bytes)
-        return f"gguf:{tensor.type_name}", [blocks]
-
-    def _rows(self, layer: int, projection: str) -> tuple[_Place, int, int]:
-        """The tensor of a projection, and which rows of an expert's matrix in it are the projection's."""
         places = self._layers[layer]
-        if projection in places:
-            return places[projection], 0, places[projection].tensor.shape[1]
-        inter = self.sizes.intermediate_size
-        return places["gate_up"], inter if projection == "up" else 0, inter
+        return f"gguf:{self._tensor(places, projection).type_name}", [self._rows(places, expert, projection)]
+
+    def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
+        """Biases of gate, up and down of one expert, a vector each; None where there are none."""
+        places = self._biases.get(layer)
+        if places is None:
+            return None
+        return [
+            self._rows(places, expert, projection)
+            .flatten()
+            .clone()
+            .view(_FLOATS[self._tensor(places, projection).type_name])
+            for projection in ("gate", "up", "down")
+        ]
+
+    def _tensor(self, places: dict[str, _Place], projection: str) -> TensorInfo:
+        return places[projection if projection in places else "gate_up"].tensor
+
+    def _rows(self, places: dict[str, _Place], expert: int, projection: str) -> torch.Tensor:
+        """The rows of one matrix, or the elements of one bias, as uint8 ``[n, bytes of a row]``."""
+        header, tensor = places[projection if projection in places else "gate_up"]
+        rows = self.sizes.hidden_size if projection == "down" else self.sizes.intermediate_size
+        first = rows if projection == "up" and "up" not in places else 0
+        row_bytes = tensor.num_bytes // (tensor.shape[0] * tensor.shape[1])
+        begin = tensor.offset + (expert * tensor.shape[1] + first) * row_bytes
+        return self._bytes_of(header)[begin : begin + rows * row_bytes].view(rows, row_bytes)
 
     def tensor_name(self, layer: int, expert: int, projection: str) -> str:
         """Name in the files of ``gate``, ``up`` or ``down`` of an expert, for messages."""
-        return f"{self._rows(layer, projection)[0].tensor.name}[{expert}]"
+        return f"{self._tensor(self._layers[layer], projection).name}[{expert}]"
 
     def _bytes_of(self, header: GgufHeader) -> torch.Tensor:
         with self._lock:
@@ -212,6 +236,13 @@ class GgufCheckpoint:
         """Let go of the files; views of them stay valid, and the next use maps them again."""
         with self._lock:
             self._mapped.clear()
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder of them without safetensors of a model beside."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix == ".gguf"
 
 
 def _map_file(header: GgufHeader) -> torch.Tensor:

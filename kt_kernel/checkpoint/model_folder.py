@@ -115,7 +115,7 @@ def describe_layers(layers: list[int]) -> str:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """A local folder, from a path or a Hugging Face model id (downloaded where it is not cached).
+    """A local folder or GGUF file, from a path or a Hugging Face model id (downloaded where it is not cached).
 
     Raises
     ------
@@ -123,10 +123,10 @@ def resolve_folder(path: str | Path) -> Path:
         Neither; the message says what was tried.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".gguf" and folder.exists()):
         return folder
     if folder.exists():
-        raise ValueError(f"{path} is a file; give the folder of a checkpoint or of converted experts.")
+        raise ValueError(f"{path} is a file; give a GGUF file, or the folder of a checkpoint or of converted experts.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"{path} does not exist; give the folder of a checkpoint or of converted experts.")
     try:

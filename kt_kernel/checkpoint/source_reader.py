@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kt_kernel.checkpoint.encodings import FLOAT_SOURCES
+from kt_kernel.checkpoint.gguf import GgufCheckpoint, is_gguf
 from kt_kernel.checkpoint.kt_folder import KtFolder, is_kt_folder
 from kt_kernel.checkpoint.model_folder import ModelSizes
 from kt_kernel.checkpoint.reader import Checkpoint
@@ -64,7 +65,7 @@ class SourceReader(Protocol):
 
 
 def open_checkpoint(folder: Path, method: str) -> SourceReader:
-    """The reader of what a folder holds: safetensors of a model, or experts converted by kt-kernel.
+    """The reader of what a folder holds: safetensors of a model, GGUF files, or experts converted by kt-kernel.
 
     Parameters
     ----------
@@ -78,12 +79,10 @@ def open_checkpoint(folder: Path, method: str) -> SourceReader:
     ValueError
         What is wrong with it, in one sentence.
     """
+    if is_gguf(folder):
+        return GgufCheckpoint(folder)
     if is_kt_folder(folder):
         return KtFolder(folder, method)
-    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds GGUF files, which kt_kernel does not read yet; give a safetensors checkpoint."
-        )
     return Checkpoint(folder)
 
 

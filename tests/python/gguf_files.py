@@ -54,6 +54,12 @@ def random_layer(
     }
 
 
+def random_biases(layer: dict[str, tuple[str, np.ndarray]], kind: str) -> dict[str, tuple[str, np.ndarray]]:
+    """A bias for every row of a layer, in a float type: part -> type and uint8 ``[E, bytes]``."""
+    rng = np.random.default_rng(0)
+    return {part: (kind, random_rows(kind, *rows.shape[:2], rng)) for part, (_, rows) in layer.items()}
+
+
 def sizes_of(num_experts: int, hidden: int, inter: int, num_layers: int) -> dict[str, int]:
     """What a model says of its experts."""
     return {
@@ -74,6 +80,7 @@ def write_gguf(
     split_max_tensors: int = 0,
     tokens: int = 4,
     kind: str = "weight",
+    biases: dict[int, dict[str, tuple[str, np.ndarray]]] | None = None,
 ) -> Path:
     """A model whose experts are `layers`, beside an embedding and the norms; `values` are keys below the arch."""
     writer = GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
@@ -84,9 +91,9 @@ def write_gguf(
     writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
     for layer, parts in layers.items():
         writer.add_tensor(f"blk.{layer}.ffn_norm.weight", np.zeros(5, np.float32))
-        for part, (name, rows) in parts.items():
-            number = GGMLQuantizationType[name]
-            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.{kind}", rows, raw_dtype=number)
+        for ending, tensors in ((kind, parts), ("bias", (biases or {}).get(layer, {}))):
+            for part, (name, rows) in tensors.items():
+                writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.{ending}", rows, raw_dtype=GGMLQuantizationType[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

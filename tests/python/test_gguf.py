@@ -16,12 +16,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
-from gguf_files import random_layer, sizes_of, write_gguf
+from gguf_files import random_biases, random_layer, sizes_of, write_gguf
 from test_checkpoint import resident_kib
 from test_tree import ROOT
 
-from kt_kernel.checkpoint.gguf import READABLE_TYPES, GgufCheckpoint
+from kt_kernel.checkpoint import open_checkpoint, resolve_folder
+from kt_kernel.checkpoint.gguf import READABLE_TYPES, GgufCheckpoint, is_gguf
 from kt_kernel.checkpoint.gguf_header import read_header
+from kt_kernel.packed_folder import is_packed_folder
 
 GOLDEN = ROOT / "tests/data/formats/gguf"
 PARTS = ("gate", "up", "down")
@@ -197,11 +199,54 @@ def test_a_wrong_model_is_refused_in_a_sentence(tmp_path: Path, change, words: s
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["bias", "scale"])
-def test_experts_that_are_more_than_weights_are_refused(tmp_path: Path, kind: str) -> None:
-    path = write_gguf(tmp_path / "x.gguf", {0: random_layer("F32")}, sizes_of(2, 64, 32, 1), kind=kind)
-    with pytest.raises(ValueError, match=rf"has a {kind} for its experts \(tensor blk.0.ffn_gate_exps.{kind}\)"):
+def test_experts_that_are_more_than_weights_and_biases_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", {0: random_layer("F32")}, sizes_of(2, 64, 32, 1), kind="scale")
+    with pytest.raises(ValueError, match=r"has a scale for its experts \(tensor blk.0.ffn_gate_exps.scale\)"):
         GgufCheckpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_biases(tmp_path: Path, kind: str, fused: bool) -> None:
+    layer = random_layer("MXFP4", fused=fused)
+    biases = random_biases(layer, kind)
+    path = write_gguf(tmp_path / "x.gguf", {0: layer, 1: layer}, sizes_of(2, 64, 32, 2), biases={1: biases})
+    checkpoint = GgufCheckpoint(path)
+    assert checkpoint.biases(0, 1) is None
+    for expert in range(2):
+        found = checkpoint.biases(1, expert)
+        assert [bias.shape for bias in found] == [(32,), (32,), (64,)]
+        joined = np.concatenate([bias.float().numpy() for bias in found])
+        raw = np.concatenate([rows[expert] for _, rows in biases.values()])
+        assert np.array_equal(joined, dequantize(raw, GGMLQuantizationType[kind]))
+    checkpoint.check_layer(1)
+
+
+def test_wrong_biases_are_refused(tmp_path: Path) -> None:
+    layer = random_layer("MXFP4")
+    for change, words in (
+        (lambda b: b.pop("up"), "has biases for down, gate of layer 0 only"),
+        (lambda b: b.update(up=b["down"]), r"ffn_up_exps.bias of .* has shape \[2, 64\], .* mean \[2, 32\]"),
+        (
+            lambda b: b.update(up=("Q8_0", b["up"][1][:, :34])),
+            "ffn_up_exps.bias of .* has type Q8_0; kt_kernel reads BF16, F",
+        ),
+    ):
+        biases = random_biases(layer, "F32")
+        change(biases)
+        path = write_gguf(tmp_path / "x.gguf", {0: layer}, sizes_of(2, 64, 32, 1), biases={0: biases})
+        with pytest.raises(ValueError, match=words):
+            GgufCheckpoint(path)
+
+
+def test_files_and_folders_are_told_from_others(tmp_path: Path) -> None:
+    for path in (GOLDEN / "floats.gguf", tmp_path):
+        shutil.copy(GOLDEN / "floats.gguf", tmp_path)
+        assert resolve_folder(path) == path
+        assert isinstance(open_checkpoint(path, "LLAMAFILE"), GgufCheckpoint)
+        assert not is_packed_folder(path)
+    (tmp_path / "model.safetensors").touch()
+    assert not is_gguf(tmp_path), "a projector beside a checkpoint"
 
 
 def test_a_layer_without_experts_is_named() -> None:
