@@ -101,24 +101,30 @@ inline __m256 load_bf16_scales(const uint8_t* source) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
-// The start of an int4 tile, whose results accumulate in memory: they are touched once a group, the
-// registers hold the integer sums.
+// The start of a tile of groups, whose results accumulate in memory: they are touched once a group,
+// the registers hold the integer sums.
 template <int kRows>
-inline void clear_int4_tile(float* c, int64_t stride) {
+inline void clear_tile(float* part, int64_t stride) {
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < tile_vectors(kRows); ++v)
-      _mm256_storeu_ps(c + r * stride + v * 8, _mm256_setzero_ps());
+      _mm256_storeu_ps(part + r * stride + v * 8, _mm256_setzero_ps());
   }
 }
 
-// The end of an int4 tile of rows `begin` and up: c *= a_scale.
+// The end of a block of activations: c = part * a_scale, or fma(part, a_scale, c) behind the first
+// block. part may be c.
 template <int kRows>
-inline void scale_int4_tile(const GemmArgs& args, int begin, float* c) {
+inline void fold_block(const GemmArgs& args, int begin, int64_t block, const float* part,
+                       int64_t part_stride, float* c) {
+  const int64_t scale_stride = args.a_block < args.k ? args.a_scale_stride : 1;
   for (int r = 0; r < kRows; ++r) {
-    const __m256 a_scale = _mm256_set1_ps(args.a_scale[source_row(args, begin + r)]);
+    const __m256 a_scale =
+        _mm256_set1_ps(args.a_scale[source_row(args, begin + r) * scale_stride + block]);
     for (int v = 0; v < tile_vectors(kRows); ++v) {
-      float* dst = c + r * args.c_stride + v * 8;
-      _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_loadu_ps(dst), a_scale));
+      float* const dst = c + r * args.c_stride + v * 8;
+      const __m256 sum = _mm256_loadu_ps(part + r * part_stride + v * 8);
+      _mm256_storeu_ps(dst, block == 0 ? _mm256_mul_ps(sum, a_scale)
+                                       : _mm256_fmadd_ps(sum, a_scale, _mm256_loadu_ps(dst)));
     }
   }
 }

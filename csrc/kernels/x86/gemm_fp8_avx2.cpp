@@ -25,17 +25,24 @@ inline void widen(const uint8_t* codes, __m256 scale, __m256 (&values)[4]) {
   values[3] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)), scale);
 }
 
-// Where the codes and scales of a group are.
+// Where the codes of a group are, and its scales times 2^8.
 template <typename Scales>
 struct Fp8Group {
   const uint8_t* codes;
-  int64_t size;
+  int64_t size = 0;
+  alignas(32) float scales[kPanelColumns];
 
-  __m256 scale(int column) const {
+  explicit Fp8Group(const GemmArgs& args) : codes(args.panel) {}
+  // The group from k on, behind the one before it.
+  void move_to(int64_t k, const GemmArgs& args) {
+    if (k > 0) codes += size * kPanelColumns + Scales::kBytes;
+    size = k + args.group_size < args.k ? args.group_size : args.k - k;
     const GroupScales at{codes + size * kPanelColumns, nullptr};
-    return _mm256_mul_ps(Scales::scale(at, column), _mm256_set1_ps(256.0f));
+    for (int column = 0; column < kPanelColumns; column += 8) {
+      const __m256 scale = _mm256_mul_ps(Scales::scale(at, column), _mm256_set1_ps(256.0f));
+      _mm256_store_ps(scales + column, scale);
+    }
   }
-  const uint8_t* end() const { return codes + size * kPanelColumns + Scales::kBytes; }
 };
 
 // bf16 activations of one row as fp32.
@@ -48,11 +55,11 @@ template <typename Scales>
 void multiply_row(const GemmArgs& args) {
   alignas(32) float wide[kChunk];
   const uint8_t* const a = activation_row(args, 0);
-  Fp8Group<Scales> group{args.panel, 0};
+  Fp8Group<Scales> group(args);
   __m256 acc[8];
   for (__m256& sum : acc) sum = _mm256_setzero_ps();
-  for (int64_t begin = 0; begin < args.k; begin += group.size, group.codes = group.end()) {
-    group.size = begin + args.group_size < args.k ? args.group_size : args.k - begin;
+  for (int64_t begin = 0; begin < args.k; begin += group.size) {
+    group.move_to(begin, args);
     for (int64_t at = 0; at < group.size; at += kChunk) {
       const int64_t count = group.size - at < kChunk ? group.size - at : kChunk;
       widen_row(a + (begin + at) * 2, count, wide);
@@ -65,7 +72,7 @@ void multiply_row(const GemmArgs& args) {
 #pragma GCC unroll 8
         for (int v = 0; v < 8; ++v) {
           __m256 w[4];
-          widen(codes + v * 32, group.scale(v * 8), w);
+          widen(codes + v * 32, _mm256_load_ps(group.scales + v * 8), w);
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)
             acc[v] = _mm256_fmadd_ps(w[i], _mm256_broadcast_ss(wide + k + i), acc[v]);
@@ -79,15 +86,14 @@ void multiply_row(const GemmArgs& args) {
 // Weights of up to kChunk k within a group as [k][64].
 template <typename Scales>
 void widen_chunk(const Fp8Group<Scales>& group, int64_t at, int64_t count, float* wide) {
-  const uint8_t* const codes = group.codes + at * kPanelColumns;
+  const uint8_t* codes = group.codes + at * kPanelColumns;
+  for (int64_t k = 0; k < count; k += 4, codes += kStepBytes, wide += 4 * kPanelColumns) {
 #pragma GCC unroll 8
-  for (int v = 0; v < 8; ++v) {
-    const __m256 scale = group.scale(v * 8);
-    for (int64_t k = 0; k < count; k += 4) {
+    for (int v = 0; v < 8; ++v) {
       __m256 w[4];
-      widen(codes + k * kPanelColumns + v * 32, scale, w);
+      widen(codes + v * 32, _mm256_load_ps(group.scales + v * 8), w);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) _mm256_store_ps(wide + (k + i) * kPanelColumns + v * 8, w[i]);
+      for (int i = 0; i < 4; ++i) _mm256_store_ps(wide + i * kPanelColumns + v * 8, w[i]);
     }
   }
 }
@@ -143,10 +149,10 @@ constexpr RowBlockFn kRowBlocks[kMaxRows] = {row_block<1>, row_block<2>, row_blo
 template <typename Scales>
 void multiply_rows(const GemmArgs& args) {
   alignas(64) float weights[kChunk * kPanelColumns];
-  Fp8Group<Scales> group{args.panel, 0};
+  Fp8Group<Scales> group(args);
   const auto* next = reinterpret_cast<const char*>(args.next_panel);
-  for (int64_t begin = 0; begin < args.k; begin += group.size, group.codes = group.end()) {
-    group.size = begin + args.group_size < args.k ? args.group_size : args.k - begin;
+  for (int64_t begin = 0; begin < args.k; begin += group.size) {
+    group.move_to(begin, args);
     for (int64_t at = 0; at < group.size; at += kChunk) {
       const int64_t count = group.size - at < kChunk ? group.size - at : kChunk;
       widen_chunk(group, at, count, weights);

@@ -177,6 +177,32 @@ inline void widen(bool first, bool last, int32_t (&partial)[kRows][kVectors * 8]
   }
 }
 
+// A single row widens each vector's words at once, so that its integer sums stay in registers.
+template <typename Weights, int kVectors>
+inline void add_words(const uint8_t* a, const uint8_t* codes, int column, bool first,
+                      __m256i (&acc)[1][kVectors]) {
+  constexpr int kWordQuads = Weights::kWordQuads;
+#pragma GCC unroll 4
+  for (int begin = 0; begin < Weights::kBlock / 4; begin += kWordQuads) {
+    __m256i row[kWordQuads];
+#pragma GCC unroll 8
+    for (int q = 0; q < kWordQuads; ++q) row[q] = broadcast_dword(a + (begin + q) * 4);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      __m256i words = _mm256_maddubs_epi16(load_quad<Weights>(codes, begin, column, v), row[0]);
+#pragma GCC unroll 8
+      for (int q = 1; q < kWordQuads; ++q) {
+        const __m256i w = load_quad<Weights>(codes, begin + q, column, v);
+        words = _mm256_add_epi16(words, _mm256_maddubs_epi16(w, row[q]));
+        pin(words);
+      }
+      const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+      acc[0][v] = first && begin == 0 ? sums : _mm256_add_epi32(acc[0][v], sums);
+      pin(acc[0][v]);
+    }
+  }
+}
+
 // One block of a group.
 template <typename Weights, int kRows, int kVectors>
 inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const uint8_t* codes,
@@ -186,6 +212,8 @@ inline void multiply_block(const uint8_t* const (&a)[kRows], int64_t k, const ui
   if constexpr (Weights::kSigned) {
     multiply_signed<Weights>(a, k, codes, column, next, acc);
     widen<Weights>(first, last, partial, acc);
+  } else if constexpr (kRows == 1 && Weights::Codes::kLargest > 15) {
+    add_words<Weights>(a[0] + k, codes, column, first, acc);
   } else {
     constexpr int kQuads = Weights::kBlock / 4;
 #pragma GCC unroll 4
@@ -228,24 +256,6 @@ inline void fold_group(const int32_t* const (&group_sum)[kRows], int64_t group, 
       if constexpr (Scales::kMinimum)
         value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_of_a), minimum, value);
       _mm256_storeu_ps(dst, value);
-    }
-  }
-}
-
-// The end of a block of activations: c = part * a_scale, or fma(part, a_scale, c) behind the first
-// block. part may be c.
-template <int kRows>
-inline void fold_block(const GemmArgs& args, int begin, int64_t block, const float* part,
-                       int64_t part_stride, float* c) {
-  const int64_t scale_stride = args.a_block < args.k ? args.a_scale_stride : 1;
-  for (int r = 0; r < kRows; ++r) {
-    const __m256 a_scale =
-        _mm256_set1_ps(args.a_scale[source_row(args, begin + r) * scale_stride + block]);
-    for (int v = 0; v < tile_vectors(kRows); ++v) {
-      float* const dst = c + r * args.c_stride + v * 8;
-      const __m256 sum = _mm256_loadu_ps(part + r * part_stride + v * 8);
-      _mm256_storeu_ps(dst, block == 0 ? _mm256_mul_ps(sum, a_scale)
-                                       : _mm256_fmadd_ps(sum, a_scale, _mm256_loadu_ps(dst)));
     }
   }
 }
@@ -329,10 +339,7 @@ void tile(const GemmArgs& args, int begin, int column) {
   int64_t group = 0;
   for (int64_t k = 0, block = 0; k < args.k; ++block) {
     const int64_t block_end = k + args.a_block < args.k ? k + args.a_block : args.k;
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v)
-        _mm256_storeu_ps(part + r * stride + v * 8, _mm256_setzero_ps());
-    }
+    clear_tile<kRows>(part, stride);
     for (; k < block_end; ++group) {
       const int64_t end = k + args.group_size < args.k ? k + args.group_size : args.k;
       cursor.begin_group(k);

@@ -59,12 +59,21 @@ void tile(const GemmArgs& args, int begin, int column, const uint8_t* next) {
     a[r] = activation_row(args, begin + r);
     group_sum[r] = args.a_group_sum + source_row(args, begin + r) * args.a_group_sum_stride;
   }
-  float* c = args.c + begin * args.c_stride + column;
-  clear_int4_tile<kRows>(c, args.c_stride);
+  float* const c = args.c + begin * args.c_stride + column;
+  // Results accumulate in c itself where a row has one scale.
+  alignas(32) float block_part[kRows * kVectors * 8];
+  const bool one_block = args.a_block >= args.k;
+  float* const part = one_block ? c : block_part;
+  const int64_t stride = one_block ? args.c_stride : kVectors * 8;
   const uint8_t* lines = args.panel + column * 4;
   const auto* ahead = reinterpret_cast<const char*>(next) + column * 4;
   int64_t k = 0;
+  int64_t block = 0, block_end = 0;
   for (int64_t group = 0; k < args.k; ++group) {
+    if (k == block_end) {
+      clear_tile<kRows>(part, stride);
+      block_end = k + args.a_block < args.k ? k + args.a_block : args.k;
+    }
     const int64_t end = k + args.group_size < args.k ? k + args.group_size : args.k;
     Int32x8 acc[kRows][kVectors];
     // Keeps these pointers in memory: in registers over the k-steps they drive others out.
@@ -88,7 +97,7 @@ void tile(const GemmArgs& args, int begin, int column, const uint8_t* next) {
       const __m256 scale = load_bf16_scales(scales + v * 16);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        float* dst = c + r * args.c_stride + v * 8;
+        float* dst = part + r * stride + v * 8;
         const __m256 sum = _mm256_cvtepi32_ps(as_bits(acc[r][v]));
         _mm256_storeu_ps(dst, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(dst)));
       }
@@ -98,8 +107,8 @@ void tile(const GemmArgs& args, int begin, int column, const uint8_t* next) {
       for (int line = 0; line < kVectors / 2; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
     }
     ahead += kScaleBytes;
+    if (k == block_end) fold_block<kRows>(args, begin, block++, part, stride, c);
   }
-  scale_int4_tile<kRows>(args, begin, c);
 }
 
 // The first row block fetches the next panel, each pass its columns of it; the others and the last
