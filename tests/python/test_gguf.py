@@ -20,7 +20,7 @@ from gguf_files import random_biases, random_layer, sizes_of, write_gguf
 from test_checkpoint import resident_kib
 from test_tree import ROOT
 
-from kt_kernel.checkpoint import open_checkpoint, resolve_folder
+from kt_kernel.checkpoint import expert_weights, open_checkpoint, resolve_folder
 from kt_kernel.checkpoint.gguf import READABLE_TYPES, GgufCheckpoint, is_gguf
 from kt_kernel.checkpoint.gguf_header import read_header
 from kt_kernel.packed_folder import is_packed_folder
@@ -69,6 +69,17 @@ def test_golden_files_are_read() -> None:
     for name in ("small_blocks", "k_blocks", "floats"):
         met |= assert_holds(GgufCheckpoint(GOLDEN / f"{name}.gguf"), [GOLDEN / f"{name}.gguf"])
     assert met == set(READABLE_TYPES)
+
+
+@pytest.mark.parametrize("name", ["small_blocks", "k_blocks", "floats", "mixture-00001-of-00003"])
+def test_golden_files_decode_to_what_the_package_says(name: str) -> None:
+    checkpoint = GgufCheckpoint(GOLDEN / f"{name}.gguf")
+    for layer in checkpoint.layers:
+        for expert in range(checkpoint.sizes.num_experts):
+            for projection, found in zip(PARTS, expert_weights(checkpoint, layer, expert), strict=True):
+                source, (blocks,) = checkpoint.source(layer, expert, projection)
+                values = dequantize(blocks.numpy(), GGMLQuantizationType[source.removeprefix("gguf:")])
+                assert np.array_equal(found.numpy(), values)
 
 
 def test_golden_files_are_what_their_script_writes(tmp_path: Path) -> None:

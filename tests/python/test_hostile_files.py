@@ -152,6 +152,23 @@ def test_hostile_scales(tmp_path: Path, form: str, tensor: str, change: Callable
     assert_refused(read, words)
 
 
+@pytest.mark.parametrize(
+    ("form", "scale"), [("fp8", "weight_scale_inv"), ("rawint4", "weight_scale"), ("gptq", "scales")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_refused_when_they_are_packed(
+    tmp_path: Path, form: str, scale: str, value: float
+) -> None:
+    tensors = single_names(quantized_layer(QUANTIZERS[form].make, 2, 64, 64))
+    tensors[f"model.layers.0.mlp.experts.1.gate_proj.{scale}"].view(-1)[-1] = value
+    checkpoint = Checkpoint(write_folder(tmp_path, tensors, QUANTIZERS[form].config, sizes=(2, 64, 64)))
+    checkpoint.check_layer(0)
+    source, parts = checkpoint.source(0, 1, "gate")
+    layout = torch.ops.kt_kernel.source_layout(parts, source, 64, 64)
+    with pytest.raises(RuntimeError, match="(nan|inf|NaN)"):
+        torch.ops.kt_kernel.repack(parts, source, layout, 64, 64)
+
+
 # --- index and config ---
 
 

@@ -6,10 +6,13 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from gguf_files import HALVES, random_rows
 from refusals import HUGE, assert_refused, limited_memory_and_time  # noqa: F401
 
-from kt_kernel.checkpoint.gguf import GgufCheckpoint
+from kt_kernel.checkpoint.gguf import READABLE_TYPES, GgufCheckpoint
 
 U8, U32, F32, STRING, ARRAY, U64 = 0, 4, 6, 8, 9, 10
 
@@ -226,3 +229,16 @@ def test_gguf_that_is_no_file(tmp_path: Path, what: str) -> None:
     assert_refused(lambda: GgufCheckpoint(path), "has no .*gguf file|is no file")
     if what != "nothing":
         assert_refused(lambda: GgufCheckpoint(tmp_path), "has no .*gguf file|is no file")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HALVES if kind in READABLE_TYPES])
+@pytest.mark.parametrize("bits", [0x7C00, 0xFE01])
+def test_scales_that_are_no_numbers_are_refused_when_they_are_packed(kind: str, bits: int) -> None:
+    rows = random_rows(kind, 64, 256, np.random.default_rng(0))
+    source = f"gguf:{kind}"
+    layout = torch.ops.kt_kernel.source_layout([torch.from_numpy(rows)], source, 64, 256)
+    for begin in HALVES[kind]:
+        changed = rows.copy()
+        changed[63, begin : begin + 2] = struct.unpack("2B", struct.pack("<H", bits))
+        with pytest.raises(RuntimeError, match=r"(nan|inf|NaN).* row 63, "):
+            torch.ops.kt_kernel.repack([torch.from_numpy(changed)], source, layout, 64, 256)
