@@ -31,7 +31,7 @@ LIBRARY = "libggml-base.so"
 def types_of_layer(kind: str, layer: int, num_layers: int) -> tuple[str, str, str]:
     """Types of gate, up and down under the name of a file: one type, ``Q4_K_M``, or three types with slashes.
 
-    Q4_K_M and Q5_K_M are llama.cpp's: down is Q6_K in the first and last eighth of the layers and in every third between.
+    Q4_K_M and Q5_K_M are llama.cpp's: down is Q6_K in the first and last eighth of the layers and every third between.
     """
     if kind not in ("Q4_K_M", "Q5_K_M"):
         types = tuple(kind.split("/"))
