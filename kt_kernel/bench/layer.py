@@ -28,7 +28,7 @@ import torch
 from kt_kernel import _ext, ops
 from kt_kernel.bench import conditions
 from kt_kernel.bench.shapes import SHAPES, Shape
-from kt_kernel.config import EngineConfig, MoEConfig
+from kt_kernel.config import EngineConfig
 from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
 from kt_kernel.methods import FLOAT_METHODS, get_method, weight_dtype_of
 
@@ -218,14 +218,7 @@ def build_layers(shape: Shape, layout: str, engines: list[_ext.Engine]) -> tuple
 
 def load_layer(shape: Shape, layout: str, engine: _ext.Engine, kinds: list[tuple[torch.Tensor, ...]]) -> CpuExperts:
     """A layer on one engine; expert e gets the weights number ``e % len(kinds)``."""
-    config = MoEConfig(
-        layer_idx=0,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-    )
-    experts = CpuExperts(config, layouts=(layout, layout), engine=engine)
+    experts = CpuExperts(shape.config(), layouts=(layout, layout), engine=engine)
     for e in range(shape.num_experts):
         gate, up, down = kinds[e % len(kinds)]
         experts.load_experts([e], [gate], [up], [down])

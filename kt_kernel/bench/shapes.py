@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kt_kernel.config import MoEConfig
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -14,6 +16,16 @@ class Shape:
     num_experts: int
     top_k: int
     num_layers: int = 1
+
+    def config(self) -> MoEConfig:
+        """Of one layer."""
+        return MoEConfig(
+            layer_idx=0,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+        )
 
     def cut_to(self, num_experts: int) -> Shape:
         """The same layer with fewer experts (never fewer than top_k)."""

@@ -1,4 +1,4 @@
-"""Experts written back as the codes and scales of their files, cut for the ranks of a GPU group (contract of the fork)."""
+"""Experts written back as the codes and scales of their files, cut for the ranks of a GPU group, as the fork has it."""
 
 from __future__ import annotations
 

@@ -64,13 +64,18 @@ class System:
     release: str = ""
 
 
-def ours(tier: str) -> System:
-    """Our own library, restricted to a tier where one is named."""
+MADE = (Format("AMXINT8", 8, ROW), Format("AMXINT4", 4, ROW), Format("BF16", 16, BF16_ACTIVATIONS, True))
+# Codes that the files bring, beside which activations have a scale for every 128 columns, or are bf16.
+GIVEN = (Format("FP8", 8, BF16_ACTIVATIONS, True), Format("RAWINT4", 4, 128), MADE[2])
+
+
+def ours(tier: str, *, given: bool = False) -> System:
+    """Our own library, restricted to a tier where one is named, with the formats it makes or with those of files."""
     return System(
         name=f"ours-{tier}" if tier else "ours",
         title=f"kt_kernel ({tier.upper()})" if tier else "kt_kernel",
         adapter="peers.ours",
-        formats=(Format("AMXINT8", 8, ROW), Format("AMXINT4", 4, ROW), Format("BF16", 16, BF16_ACTIVATIONS, True)),
+        formats=GIVEN if given else MADE,
         tier=tier,
     )
 

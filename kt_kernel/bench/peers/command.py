@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers-dir", type=Path, help="where they are installed; default ~/.cache/kt_kernel/peers")
     parser.add_argument("--shape", default="qwen3-30b", choices=list(SHAPES))
     parser.add_argument("--bits", default="8,4,16", help="of our formats, comma separated")
+    parser.add_argument(
+        "--given", action="store_true", help="ours: FP8 and RAWINT4, as files have them, instead of AMXINT8 and AMXINT4"
+    )
     parser.add_argument("--tokens", default="1,64,1024", help="token counts, comma separated")
     parser.add_argument("--threads", default="1" if cores == 1 else f"1,{cores}", help="thread counts, comma separated")
     parser.add_argument("--rounds", type=int, default=40)
@@ -77,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
             top_k=shape.top_k,
             max_tokens=max(*tokens, CHECK_TOKENS),
         )
-        refuse_memory(peers, sizes, bits)
+        refuse_memory(peers, sizes, bits, given=args.given)
         folder = args.peers_dir or install.default_folder()
         refused = install_asked(args.install_peers, folder)
         figures_hold = reference.figures_hold_here(sizes)
@@ -86,7 +89,9 @@ def main(args: argparse.Namespace) -> int:
             layer_data.write(Path(name), sizes)
             data = layer_data.LayerData(Path(name))
             for count in threads:
-                with Comparison(peers, data=data, threads=count, bits=bits, peers_folder=folder) as comparison:
+                with Comparison(
+                    peers, data=data, threads=count, bits=bits, given=args.given, peers_folder=folder
+                ) as comparison:
                     run = measure(comparison, tokens, args.rounds, refused)
                 result["runs"].append(results.describe(run, sizes, figures_hold=figures_hold))
     except (ValueError, PeerError) as error:
@@ -104,9 +109,9 @@ def chosen_peers(text: str) -> list[System]:
     return [PEERS[name] for name in names]
 
 
-def refuse_memory(peers: Sequence[System], sizes: layer_data.Sizes, bits: Sequence[int]) -> None:
+def refuse_memory(peers: Sequence[System], sizes: layer_data.Sizes, bits: Sequence[int], *, given: bool) -> None:
     """Raise where the systems together need more memory than there is."""
-    systems = [*peers, *(ours(tier) for tier in dict.fromkeys(["", *(peer.tier for peer in peers)]))]
+    systems = [*peers, *(ours(tier, given=given) for tier in dict.fromkeys(["", *(peer.tier for peer in peers)]))]
     layers = [
         # scales, and padding of the panels
         1.1 * kind.bits / 8 * sizes.expert_weights * sizes.num_experts
@@ -155,7 +160,7 @@ def describe(args: argparse.Namespace, sizes: layer_data.Sizes) -> dict[str, Any
         "commit": conditions.commit(),
         "command": f"{conditions.environment()}python -m kt_kernel.bench peers --peers {args.peers} "
         f"--shape {args.shape} --bits {args.bits} --tokens {args.tokens} --threads {args.threads} "
-        f"--rounds {args.rounds}",
+        f"{'--given ' if args.given else ''}--rounds {args.rounds}",
         "shape": args.shape,
         "rounds": args.rounds,
         **asdict(sizes),

@@ -87,8 +87,9 @@ class Comparison:
         threads: int,
         bits: Sequence[int],
         peers_folder: Path,
+        given: bool = False,
     ) -> None:
-        self.data, self.bits, self.peers_folder = data, bits, peers_folder
+        self.data, self.bits, self.peers_folder, self.given = data, bits, peers_folder, given
         self.run = Run(threads)
         self.workers: dict[str, WorkerProcess] = {}
         self.rng = np.random.default_rng(2)
@@ -123,7 +124,7 @@ class Comparison:
             Our own library does not run, or is wrong.
         """
         for tier in dict.fromkeys(["", *(peer.tier for peer in self.peers)]):
-            own = ours(tier)
+            own = ours(tier, given=self.given)
             compared = [kind for peer in self.peers if peer.tier == tier for kind in self.wanted(peer)]
             self.start(own)
             for kind in own.formats:
