@@ -93,7 +93,7 @@ def assert_layer(checkpoint: Checkpoint, experts: list[dict[str, Matrix]], layer
         ("model.layers.01.mlp.experts.0.gate_proj.weight", None),
         ("model.layers.1.mlp.experts.00.gate_proj.weight", None),
         ("model.layers.1.mlp.experts.-1.gate_proj.weight", None),
-        ("model.layers.\u0661.mlp.experts.0.gate_proj.weight", None),
+        ("model.layers.1\u0661.mlp.experts.0.gate_proj.weight", None),
         ("model.layers.1.mlp.experts.0.gate_proj.weight.more", None),
         ("model.layers.1.mlp.experts.gate_up_projector", None),
     ],
@@ -149,6 +149,16 @@ def test_every_form_is_read_under_every_name(tmp_path: Path, name: str, style: s
     assert checkpoint.layers == [1, 2]
     for layer, experts in layers.items():
         assert_layer(checkpoint, experts, layer)
+
+
+def test_one_scale_is_of_a_block_where_the_config_says_so(tmp_path: Path) -> None:
+    """A matrix no larger than a block has one scale, as one with a scale for all has."""
+    sizes = (E, 64, 32)
+    experts = quantized_layer(QUANTIZERS["fp8"].make, *sizes)
+    for name, config in (("fp8_block128x128", QUANTIZERS["fp8"].config), ("fp8_row", {"quant_method": "fp8"})):
+        checkpoint = Checkpoint(write_folder(tmp_path / name, single_names(experts), config, sizes=sizes))
+        checkpoint.check_layer(0)
+        assert checkpoint.source(0, 0, "gate")[0] == name
 
 
 @pytest.mark.parametrize("place", ["text_config", "hf_quant_config.json", "quantize_config.json", "nothing"])
