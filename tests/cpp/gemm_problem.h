@@ -136,7 +136,9 @@ inline std::vector<Grouping> groupings_of(const GemmKernel& kernel) {
   std::vector<Grouping> found;
   for (const int group_size : group_sizes_of(kernel.weights)) {
     for (const bool row_scales : {true, false}) {
-      const bool has_blocks = group_size != 0 && !takes_bf16_rows(kernel.weights);
+      // blocks of 64 and 192 are in no way different from those of 96 and 128
+      const bool has_blocks = group_size != 0 && group_size != 64 && group_size != 192 &&
+                              !takes_bf16_rows(kernel.weights);
       if ((row_scales || has_blocks) && kernel.fits_groups(group_size, row_scales))
         found.push_back({group_size, row_scales});
     }

@@ -109,9 +109,10 @@ struct Codes8 {
   }
 };
 
-// Unsigned codes of an expanded panel.
-template <int kLargestCode>
+// Unsigned codes of an expanded panel. kPackedBytes: of one k before.
+template <int kLargestCode, int kPackedBytes>
 struct ExpandedCodes {
+  static constexpr int kFetchedBytes = kPackedBytes;
   static constexpr int kLargest = kLargestCode, kStepK = 4, kBytes = 256;
   static __m256i load(const uint8_t* step, int, int column, int v) {
     const __m256i codes = load_bytes(step + column * 4 + v * 32);

@@ -29,7 +29,8 @@ struct GroupWeights {
                                                             : 2;
   // Lines of the next packed panel that one of `passes` passes fetches a block; 6 bytes for scales.
   static constexpr int next_lines(int passes) {
-    const int bytes = kBlock * (Codes::kBytes / Codes::kStepK + 6);
+    int bytes = kBlock * (Codes::kBytes / Codes::kStepK + 6);
+    if constexpr (Scales::kExpanded) bytes = kBlock * (Codes::kFetchedBytes + 6);
     return (bytes / 64 + passes - 1) / passes;
   }
 };

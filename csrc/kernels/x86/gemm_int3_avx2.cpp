@@ -11,7 +11,7 @@ void gemm_s8_int2km_fp32_6x16x16_avx2(const GemmArgs& args) {
 }
 
 void gemm_s8_int3kx_fp32_6x16x4_avx2(const GemmArgs& args) {
-  multiply_groups<ExpandedCodes<7>, ExpandedScales<ScalesBlock>, 4, 16>(args);
+  multiply_groups<ExpandedCodes<7, 24>, ExpandedScales<ScalesBlock>, 4, 16>(args);
 }
 void expand_int3k_avx2(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch) {
   expand_groups<Codes3, ScalesBlock>(panel, k, group_size, scratch);

@@ -7,7 +7,7 @@ void gemm_s8_int4_fp32_6x16x8_avx2(const GemmArgs& args) {
   multiply_groups<Codes4, ScalesBf16, 8, 32>(args);
 }
 void gemm_s8_int4x_fp32_6x16x4_avx2(const GemmArgs& args) {
-  multiply_groups<ExpandedCodes<15>, ExpandedScales<ScalesBf16>, 8, 32>(args);
+  multiply_groups<ExpandedCodes<15, 32>, ExpandedScales<ScalesBf16>, 8, 32>(args);
 }
 void expand_int4_avx2(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch) {
   expand_groups<Codes4, ScalesBf16>(panel, k, group_size, scratch);

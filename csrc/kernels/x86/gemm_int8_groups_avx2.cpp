@@ -21,7 +21,7 @@ void gemm_s8_iq4k_fp32_6x16x8_avx2(const GemmArgs& args) {
 }
 
 void gemm_s8_iq4hx_fp32_6x16x4_avx2(const GemmArgs& args) {
-  multiply_groups<ExpandedCodes<128>, ExpandedScales<ScalesFp16>, 0, 32>(args);
+  multiply_groups<ExpandedCodes<128, 32>, ExpandedScales<ScalesFp16>, 0, 32>(args);
 }
 void expand_iq4h_avx2(const uint8_t* panel, int32_t k, int32_t group_size, uint8_t* scratch) {
   expand_groups<CodesIq4, ScalesFp16>(panel, k, group_size, scratch);
