@@ -145,12 +145,10 @@ class CheckpointSource:
         return FLOAT_SOURCES[next(iter(weights.values()))[0].dtype], weights
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.checkpoint.biases(layer, expert):
-            raise ValueError(
-                f"{self.folder} has experts with biases, which only experts on the CPU are computed with; leave all "
-                f"experts there."
-            )
         return expert_weights(self.checkpoint, layer, expert)
+
+    def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
+        return self.checkpoint.biases(layer, expert)
 
     def conclude(self) -> None:
         self._rounded.report(self.folder)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kt_kernel.activations import SILU, Activation
+
 logger = logging.getLogger("kt_kernel")
 
 
@@ -349,7 +351,7 @@ def is_count(value: object) -> bool:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sizes of one MoE layer (mirrors ``csrc/moe/moe_config.h``).
+    """Sizes and activation of one MoE layer (mirrors ``csrc/moe/moe_config.h``).
 
     Attributes
     ----------
@@ -361,6 +363,8 @@ class MoEConfig:
         Experts a token is sent to.
     hidden_size, intermediate_size : int
         gate and up are ``[intermediate_size, hidden_size]``, down is ``[hidden_size, intermediate_size]``.
+    activation : Activation
+        What stands between them.
 
     Raises
     ------
@@ -373,6 +377,7 @@ class MoEConfig:
     top_k: int
     hidden_size: int
     intermediate_size: int
+    activation: Activation = SILU
 
     def __post_init__(self) -> None:
         if not is_count(self.layer_idx) or self.layer_idx < 0:

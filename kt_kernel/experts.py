@@ -147,7 +147,8 @@ def _grown(num_bytes: int) -> int:
 class CpuExperts:
     """The experts of one layer that are computed on the CPU.
 
-    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, e = topk_ids[t, s] if it is here
+    ``output[t] = sum_s topk_weights[t, s] * (down_e act(gate_e x_t + b, up_e x_t + b) + b)``, e = topk_ids[t, s] if it
+    is here, act the layer's activation, b the biases of experts that were given some
 
     Parameters
     ----------
@@ -192,6 +193,9 @@ class CpuExperts:
             *layouts,
             self.expert_ids,
             self.reserved_ids,
+            config.activation.name,
+            config.activation.limit,
+            config.activation.alpha,
         )
         self._handle: int = self.layer.handle
 
@@ -262,7 +266,7 @@ class CpuExperts:
         up: Sequence[torch.Tensor],
         down: Sequence[torch.Tensor],
     ) -> None:
-        """Add biases to the outputs of gate, up and down from now on.
+        """Add biases to the outputs of gate, up and down from now on, also where weights are loaded again.
 
         Parameters
         ----------

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kt_kernel import loader
-from kt_kernel.checkpoint import model_sizes, resolve_folder
+from kt_kernel.activations import SILU
+from kt_kernel.checkpoint import model_activation, model_sizes, resolve_folder
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.device_experts import device_experts
 from kt_kernel.experts import CpuExperts, Layouts
@@ -34,24 +35,25 @@ class _InferenceOnly(torch.autograd.Function):
 class HybridMoE(nn.Module):
     """The routed experts of one MoE layer: experts of the mask in torch on a device, the others on the CPU.
 
-    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = topk_ids[t, s]``, over slots
-    whose id is not -1
+    ``output[t] = sum_s topk_weights[t, s] * (down_e act(gate_e x_t + b, up_e x_t + b) + b)``, ``e = topk_ids[t, s]``,
+    over slots whose id is not -1, act the activation of the config, b the biases of experts that have some
 
     A forward submits the CPU's experts to the library, computes the device's while the CPU works, waits, and adds. On a
     host without a GPU the device is the CPU as well. Make one with :meth:`from_tensors` or :meth:`from_path`; the
     constructor makes an empty one for :meth:`load_state_dict`.
 
     The state dict holds ``gate_up_proj`` ``[G, 2 * I, H]`` and ``down_proj`` ``[G, H, I]`` of the G experts on the
-    device in ascending order, ``gpu_experts_mask``, and the packed bytes of the others as
-    ``cpu_experts.{layout}.w13`` and ``.w2``, uint8 ``[E - G, bytes]``: they take as much memory again while it is
-    held. A dict of another method or mask is refused. The module can be neither copied nor pickled.
+    device in ascending order, ``gpu_experts_mask``, and the packed bytes of the others as ``cpu_experts.{layout}.w13``
+    and ``.w2``, uint8 ``[E - G, bytes]``: they take as much memory again while it is held. With biases also
+    ``gate_up_bias`` ``[E, 2 * I]`` and ``down_bias`` ``[E, H]``, fp32. A dict of another method or mask is refused. The
+    module can be neither copied nor pickled.
 
     Inference only: in training mode a forward is refused, and a backward through the layer raises.
 
     Parameters
     ----------
     config : MoEConfig
-        Sizes of the layer.
+        Sizes and activation of the layer.
     method : str
         How experts on the CPU are stored and computed: BF16, AMXINT8 or AMXINT4.
     gpu_experts_mask : Tensor, optional
@@ -62,6 +64,8 @@ class HybridMoE(nn.Module):
         Of the experts of the mask; ``module.to(...)`` moves them.
     dtype : torch.dtype
         Of their weights, and of the matrix products with them.
+    has_biases : bool
+        Whether experts have biases beside gate, up and down.
     engine : EngineConfig, optional
         Threads and NUMA nodes; None: from the environment, else all usable cores.
 
@@ -80,6 +84,7 @@ class HybridMoE(nn.Module):
         num_gpu_experts: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        has_biases: bool = False,
         engine: EngineConfig | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +103,7 @@ class HybridMoE(nn.Module):
             numa_nodes=engine.node_ids or None,
             method=method,
         )
+        self.wrapper.config = config  # its own arguments do not name every activation
         mask = self.wrapper.gpu_experts_mask
         self.num_device_experts = int(mask.sum())
         self.num_cpu_experts = config.num_experts - self.num_device_experts
@@ -109,13 +115,24 @@ class HybridMoE(nn.Module):
         # expert -> its row in gate_up_proj, -1: on the CPU
         rows = torch.where(mask, mask.cumsum(0) - 1, -1)
         self.register_buffer("device_rows", rows.to(device), persistent=False)
+        self.register_buffer("device_ids", mask.nonzero().flatten().to(device), persistent=False)
+        biases = (2 * shape[2], shape[1]) if has_biases else ()
+        for name, size in zip(("gate_up_bias", "down_bias"), biases, strict=False):
+            self.register_buffer(name, torch.zeros(config.num_experts, size, device=device))
+        self.has_biases = has_biases
         self.eval()
 
     # --- making ---
 
     @classmethod
     def from_tensors(
-        cls, gate_up: Tensor | tuple[Tensor, Tensor], down: Tensor, *, top_k: int, **options: Any
+        cls,
+        gate_up: Tensor | tuple[Tensor, Tensor],
+        down: Tensor,
+        *,
+        top_k: int,
+        biases: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
     ) -> HybridMoE:
         """Make a layer from weights in memory, which are copied and may be freed afterwards.
 
@@ -128,8 +145,11 @@ class HybridMoE(nn.Module):
             ``[E, H, I]``, of the same dtype.
         top_k : int
             Experts a token is sent to.
+        biases : tuple of Tensor, optional
+            Of gate and up ``[E, 2 * I]``, gate before up, and of down ``[E, H]``.
         **options
-            Those of the constructor, and ``layer_idx`` for messages.
+            Those of the constructor, ``layer_idx`` for messages, and ``activation``
+            (:class:`kt_kernel.activations.Activation`), silu where it is not given.
 
         Raises
         ------
@@ -140,12 +160,16 @@ class HybridMoE(nn.Module):
         if gate.dim() != 3:
             raise ValueError(f"gate has shape {list(gate.shape)}; it must be [num_experts, intermediate, hidden].")
         num_experts, intermediate_size, hidden_size = gate.shape
-        config = MoEConfig(options.pop("layer_idx", 0), num_experts, top_k, hidden_size, intermediate_size)
+        layer_idx, activation = options.pop("layer_idx", 0), options.pop("activation", SILU)
+        config = MoEConfig(layer_idx, num_experts, top_k, hidden_size, intermediate_size, activation)
         options.setdefault("dtype", gate.dtype)
-        module = cls(config, **options)
+        module = cls(config, has_biases=biases is not None, **options)
+        if biases is not None:
+            module._set_biases(*biases)
         module.wrapper.load_weights_from_tensors(gate.cpu(), up.cpu(), down.cpu())
         for row, expert in enumerate(module._device_ids()):
             module._set_device_expert(row, gate[expert], up[expert], down[expert])
+        module._load_cpu_biases()
         return module
 
     @classmethod
@@ -175,12 +199,19 @@ class HybridMoE(nn.Module):
                     f"{folder} was converted for method {found}, but method {method} was asked for; pass "
                     f'method="{found}" or convert again.'
                 )
-        sizes = model_sizes(folder)
-        config = MoEConfig(layer_idx, sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size)
-        module = cls(config, **options)
+        sizes, activation = model_sizes(folder), model_activation(folder, layer_idx)
+        config = MoEConfig(
+            layer_idx, sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size, activation
+        )
+        source = loader.open_source(weight_path, get_method(options.setdefault("method", "BF16")))
+        source.check(config)
+        biases = [source.biases(layer_idx, expert) for expert in range(sizes.num_experts)]
+        module = cls(config, has_biases=biases[0] is not None, **options)
+        if module.has_biases:
+            gate, up, down = (torch.stack(tensors) for tensors in zip(*biases, strict=True))
+            module._set_biases(torch.cat((gate, up), dim=1), down)
         module.wrapper.weight_path = str(weight_path)
         module.wrapper.load_weights()
-        source = loader.open_source(weight_path, get_method(module.wrapper.method))
         for row, expert in enumerate(module._device_ids()):
             module._set_device_expert(row, *source.weights(layer_idx, expert))
         source.close()
@@ -195,6 +226,22 @@ class HybridMoE(nn.Module):
             self.gate_up_proj[row, :inter].copy_(gate)
             self.gate_up_proj[row, inter:].copy_(up)
             self.down_proj[row].copy_(down)
+
+    def _set_biases(self, gate_up: Tensor, down: Tensor) -> None:
+        for name, given in (("gate_up_bias", gate_up), ("down_bias", down)):
+            buffer = getattr(self, name)
+            if given.shape != buffer.shape:
+                raise ValueError(f"{name} has shape {list(given.shape)}; it must be {list(buffer.shape)}.")
+            buffer.copy_(given)
+
+    def _load_cpu_biases(self) -> None:
+        if not self.has_biases:
+            return
+        experts = self._cpu_experts()
+        gate, up = self.gate_up_bias.cpu().chunk(2, dim=1)
+        down = self.down_bias.cpu()
+        ids = experts.expert_ids
+        experts.load_biases(ids, [gate[e] for e in ids], [up[e] for e in ids], [down[e] for e in ids])
 
     # --- computing ---
 
@@ -293,7 +340,11 @@ class HybridMoE(nn.Module):
         return _sum(own, CpuExperts.sync(ticket, on_cpu).to(hidden.device))
 
     def _device_part(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return device_experts(hidden, ids, weights, self.gate_up_proj, self.down_proj, self.device_rows)
+        experts = (self.gate_up_proj, self.down_proj, self.device_rows)
+        biases = (self.gate_up_bias, self.down_bias) if self.has_biases else ()
+        of_device = [bias[self.device_ids] for bias in biases] or [None, None]
+        act = self.config.activation
+        return device_experts(hidden, ids, weights, *experts, *of_device, act.name, act.limit, act.alpha)
 
     def _cpu_experts(self) -> CpuExperts:
         experts = self.wrapper.moe
@@ -355,6 +406,7 @@ class HybridMoE(nn.Module):
             experts = self.wrapper._new_experts(self._layouts())
             experts.load_packed(ids, list(w13.cpu()), list(w2.cpu()))
             self.wrapper._adopt(experts)
+            self._load_cpu_biases()
         except (ValueError, RuntimeError) as error:
             error_msgs.append(f"{keys[1]} cannot be loaded: {error}")
 

@@ -48,6 +48,9 @@ class ExpertSource(Protocol):
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gate, up ``[I, H]`` and down ``[H, I]`` of one expert, in a float type, on the CPU."""
 
+    def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
+        """Biases of gate, up ``[I]`` and down ``[H]`` of one expert, or None for experts without."""
+
     def conclude(self) -> None:
         """Say what came of loading, after the last layer."""
 
@@ -101,6 +104,9 @@ class PackedSource:
         hidden, inter = self.packed.model["hidden_size"], self.packed.model["intermediate_size"]
         gate, up = torch.ops.kt_kernel.dequantize_w13(w13, self._layout, inter, hidden)
         return gate, up, torch.ops.kt_kernel.dequantize(w2, self._layout, hidden, inter)
+
+    def biases(self, layer: int, expert: int) -> None:
+        return None  # the converter refuses checkpoints that have some
 
     def conclude(self) -> None:
         return

@@ -16,6 +16,7 @@ import torch
 
 from kt_kernel import _ext, device_stream, layer_chain
 from kt_kernel import wrapper_checks as checks
+from kt_kernel.activations import Activation
 from kt_kernel.config import EngineConfig, MoEConfig, host_all_experts
 from kt_kernel.deferral import select_deferred_experts
 from kt_kernel.expert_export import ExpertBuffers, ExpertWriter
@@ -35,7 +36,7 @@ class _Submitted(NamedTuple):
 class KTMoEWrapper:
     """The routed experts of one MoE layer that are computed on the CPU.
 
-    ``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = topk_ids[t, s]``, over slots
+    ``output[t] = sum_s topk_weights[t, s] * down_e act(gate_e x_t, up_e x_t)``, ``e = topk_ids[t, s]``, over slots
     whose expert is neither -1 nor marked in ``gpu_experts_mask``
 
     Stock SGLang passes ``num_gpu_experts``, its fork ``gpu_experts_mask``; the mask wins.
@@ -76,7 +77,7 @@ class KTMoEWrapper:
         ``"inference"``. The lora_*, max_cache_depth, group_size, zero_point, full_weight_grad and cpu_save parameters
         of fine-tuning are accepted and have no effect.
     swiglu_limit, swiglu_alpha : float
-        Must be 0: only ``silu(gate) * up`` is supported so far.
+        Of the activation, ``act = Activation("silu", swiglu_limit, swiglu_alpha)``; 0: none.
 
     Raises
     ------
@@ -125,15 +126,13 @@ class KTMoEWrapper:
             )
         if mode != "inference":
             raise ValueError(f"mode {mode!r} is not supported; kt_kernel computes mode 'inference' only.")
-        for name, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):
-            if value:
-                raise ValueError(f"{name} is {value}; kt_kernel supports only silu(gate) * up so far, with {name} = 0.")
         self.config = MoEConfig(
             layer_idx=layer_idx,
             num_experts=num_experts,
             top_k=num_experts_per_tok,
             hidden_size=hidden_size,
             intermediate_size=moe_intermediate_size,
+            activation=Activation("silu", swiglu_limit, swiglu_alpha),
         )
         self._method = get_method(method)
         self.method = self._method.name

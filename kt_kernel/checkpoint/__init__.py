@@ -1,7 +1,14 @@
 """Checkpoints: which tensors are experts in every supported model family, and how they are encoded."""
 
 from kt_kernel.checkpoint.encodings import FLOAT_SOURCES
-from kt_kernel.checkpoint.model_folder import ModelSizes, describe_layers, model_sizes, read_config, resolve_folder
+from kt_kernel.checkpoint.model_folder import (
+    ModelSizes,
+    describe_layers,
+    model_activation,
+    model_sizes,
+    read_config,
+    resolve_folder,
+)
 from kt_kernel.checkpoint.reader import Checkpoint
 from kt_kernel.checkpoint.source_reader import (
     PROJECTIONS,
@@ -26,6 +33,7 @@ __all__ = [
     "is_float",
     "matrix_shape",
     "matrix_weights",
+    "model_activation",
     "model_sizes",
     "open_checkpoint",
     "read_config",

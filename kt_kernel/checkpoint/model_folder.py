@@ -7,10 +7,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kt_kernel.activations import Activation
 from kt_kernel.files import read_small_file
 
 _NESTED_CONFIGS = ("text_config", "language_config", "llm_config")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+# hidden_act of config.json -> a name of kt_kernel.activations
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "swigluoai": "silu",  # its alpha and limit stand beside it
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_ALPHAS = {"gpt_oss": 1.702}  # of families whose config does not say
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,29 @@ def model_sizes(folder: Path) -> ModelSizes:
         intermediate_size=size("moe_intermediate_size", "intermediate_size"),
         num_hidden_layers=find("num_hidden_layers"),
     )
+
+
+def model_activation(folder: Path, layer: int) -> Activation:
+    """The activation of a layer's routed experts, from config.json.
+
+    Raises
+    ------
+    ValueError
+        One that kt_kernel does not compute, or no number where one must be.
+    """
+    text = text_config(read_config(folder))
+    act = text.get("hidden_act") or text.get("hidden_activation") or "silu"
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        raise ValueError(
+            f"{folder / 'config.json'} has hidden_act {act!r}; kt_kernel computes {', '.join(_ACTIVATIONS)}."
+        )
+    limits = text.get("swiglu_limits")  # one for each layer; the limit of up and of silu(gate)
+    if isinstance(limits, list) and layer < len(limits):
+        return Activation("silu_then_limit", limits[layer]) if limits[layer] else Activation()
+    model_type = text.get("model_type")
+    family = _ALPHAS.get(model_type, 0.0) if isinstance(model_type, str) else 0.0
+    alpha = text.get("swiglu_alpha") or text.get("hidden_act_alpha") or family
+    return Activation(_ACTIVATIONS[act], text.get("swiglu_limit") or 0.0, alpha)
 
 
 def describe_layers(layers: list[int]) -> str:

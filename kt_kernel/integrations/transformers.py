@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from kt_kernel.activations import Activation
 from kt_kernel.config import EngineConfig, default_method
 from kt_kernel.hybrid_moe import HybridMoE
 from kt_kernel.integrations.torchvision_repair import repair_torchvision
@@ -102,13 +103,15 @@ def register(
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute what the experts of a layer of transformers compute, by kt_kernel; what :func:`register` registers.
 
-    ``output[t] = sum_s top_k_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, ``e = top_k_index[t, s]``, over
-    slots with e below the number of experts (transformers marks absent ones with that number)
+    ``output[t] = sum_s top_k_weights[t, s] * (down_e act(gate_e x_t + b, up_e x_t + b) + b)``,
+    ``e = top_k_index[t, s]``, over slots with e below the number of experts (transformers marks absent ones with that
+    number), act the gate of the model, b the biases of its experts if it has some
 
     Parameters
     ----------
     module : Module
-        The layer's experts, with ``gate_up_proj`` ``[E, 2 * I, H]`` and ``down_proj`` ``[E, H, I]``.
+        The layer's experts, with ``gate_up_proj`` ``[E, 2 * I, H]`` and ``down_proj`` ``[E, H, I]``, or their
+        transposed, and rows of gate and up one after the other or in turn.
     hidden_states : Tensor
         ``[num_tokens, H]``, bf16, fp16 or fp32.
     top_k_index, top_k_weights : Tensor
@@ -176,13 +179,22 @@ def _pack(module: nn.Module, top_k: int, index: int | None = None) -> HybridMoE:
     """Make the layer of `module`. Without an index it is the next of its model: layers of one model, and only they,
     share a config object, but for models made of the same one by from_config.
     """
-    _check(module)
+    activation = _check(module)
     if index is None:
         index = sum(other.config is module.config for other in list(_packed))
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    if module.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    biases = None
+    if module.has_bias:
+        halves = _halves(module, module.gate_up_proj_bias.detach(), 1)
+        biases = (torch.cat(halves, dim=1), module.down_proj_bias.detach())
     layer = HybridMoE.from_tensors(
-        module.gate_up_proj.detach(),
-        module.down_proj.detach(),
+        _halves(module, gate_up, 1),
+        down,
         top_k=top_k,
+        biases=biases,
+        activation=activation,
         layer_idx=index,
         method=_settings.method or default_method(),
         num_gpu_experts=_settings.num_gpu_experts,
@@ -219,8 +231,37 @@ def _refuse_switch(module: nn.Module, _args: Any) -> None:
         )
 
 
-def _check(module: nn.Module) -> None:
-    """Refuse experts that are something else than ``down(silu(gate x) * up x)``."""
+def _halves(module: nn.Module, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """gate and up of a tensor of both."""
+    if module.is_concatenated:
+        gate, up = gate_up.chunk(2, dim)
+        return gate, up
+    order = torch.arange(gate_up.shape[dim], device=gate_up.device)
+    return gate_up.index_select(dim, order[::2]), gate_up.index_select(dim, order[1::2])
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    """The activation that gives what the module's own gate gives, or None."""
+    limit = float(getattr(module, "limit", None) or 0.0)
+    alpha = float(getattr(module, "swiglu_alpha", None) or getattr(module, "alpha", None) or 0.0)
+    # values on either side of every limit, in an order that gate and up do not share
+    values = torch.linspace(-3, 3, 512, dtype=torch.float64) * (limit or 4.0)
+    values = values[torch.randperm(512, generator=torch.Generator().manual_seed(1))].reshape(4, 128)
+    with torch.no_grad():
+        wanted = module._apply_gate(values)
+    candidates = [("silu", limit, alpha), ("silu", limit, 0.0), ("silu_then_limit", limit, 0.0)]
+    for name, own_limit, own_alpha in (*candidates, ("silu", 0.0, 0.0), ("gelu", 0.0, 0.0), ("gelu_tanh", 0.0, 0.0)):
+        if name == "silu_then_limit" and not own_limit:
+            continue
+        found = Activation(name, own_limit, own_alpha)
+        result = found(*_halves(module, values, 1))
+        if result.shape == wanted.shape and torch.allclose(result, wanted, rtol=1e-9, atol=1e-12):
+            return found
+    return None
+
+
+def _check(module: nn.Module) -> Activation:
+    """Refuse experts that are something else than ``down act(gate x, up x)``; returns their activation."""
     name = type(module).__name__
 
     def refuse(what: str) -> NoReturn:
@@ -230,16 +271,10 @@ def _check(module: nn.Module) -> None:
 
     if not getattr(module, "has_gate", True) or not hasattr(module, "gate_up_proj"):
         refuse("its experts have no gate")
-    if getattr(module, "has_bias", False):
-        refuse("its experts have biases")
-    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-        refuse("gate and up are not stored as rows one after the other")
-    gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and gate.__module__ != "transformers.integrations.moe":
-        refuse("it combines gate and up in a way of its own")
-    activation = getattr(module, "act_fn", None)
-    if type(activation).__name__ not in ("SiLU", "SiLUActivation") and activation is not nn.functional.silu:
-        refuse(f"its activation is {type(activation).__name__}, and only SiLU is supported")
+    activation = _activation(module)
+    if activation is None:
+        own = type(getattr(module, "act_fn", None)).__name__
+        refuse(f"it combines gate and up in a way of its own (activation {own})")
     for weight in (module.gate_up_proj, module.down_proj):
         if weight.device.type == "meta":
             refuse("its weights are offloaded; load the model with its experts on the CPU")
@@ -247,6 +282,7 @@ def _check(module: nn.Module) -> None:
             refuse(f"its weights are {weight.dtype}, and only bf16, fp16 and fp32 are supported")
         if weight.dim() != 3:
             refuse(f"a weight has shape {list(weight.shape)}, as after its weights were freed")
+    return activation
 
 
 try:

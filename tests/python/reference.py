@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,14 @@ def moe_reference(
     down: Tensor,
     *,
     skip: Tensor | None = None,
+    act: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: torch.nn.functional.silu(gate) * up,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``output[t] = sum_s topk_weights[t, s] * down_e(silu(gate_e x_t) * up_e x_t)``, e = topk_ids[t, s], in fp64.
+    """``output[t] = sum_s topk_weights[t, s] * (down_e act(gate_e x_t + b, up_e x_t + b) + b)``, e = topk_ids[t, s].
 
-    hidden_states ``[T, H]``; topk_ids, topk_weights ``[T, k]``; gate, up ``[E, I, H]``; down ``[E, H, I]``;
-    skip ``[E]`` bool. Ids of -1 and skipped experts add nothing. Returns fp64 ``[T, H]``.
+    In fp64, ``[T, H]``. hidden_states ``[T, H]``; topk_ids, topk_weights ``[T, k]``; gate, up ``[E, I, H]``; down
+    ``[E, H, I]``; skip ``[E]`` bool; biases of gate, up ``[E, I]`` and down ``[E, H]``. Ids of -1 and skipped experts
+    add nothing.
     """
     x = hidden_states.double()
     output = torch.zeros_like(x)
@@ -28,9 +33,10 @@ def moe_reference(
             continue
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         rows = x[token]
-        inner = torch.nn.functional.silu(rows @ gate[expert].double().T) * (rows @ up[expert].double().T)
+        of_gate, of_up, of_down = (0, 0, 0) if biases is None else (bias[expert].double() for bias in biases)
+        inner = act(rows @ gate[expert].double().T + of_gate, rows @ up[expert].double().T + of_up)
         scale = topk_weights[token, slot].double()[:, None]
-        output.index_add_(0, token, scale * (inner @ down[expert].double().T))
+        output.index_add_(0, token, scale * (inner @ down[expert].double().T + of_down))
     return output
 
 

@@ -16,9 +16,10 @@ from reference import BOUNDS, moe_reference, relative_error
 from wrapper_cases import INNER, METHOD_NAMES, E, H, K, batch
 
 from kt_kernel import HybridMoE
+from kt_kernel.activations import Activation
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.converter import ConvertOptions, convert
-from kt_kernel.device_experts import by_every_expert, by_expert, by_pair
+from kt_kernel.device_experts import DeviceWeights, by_every_expert, by_expert, by_pair
 from kt_kernel.methods import get_method
 
 ENGINE = EngineConfig(num_threads=2, num_nodes=1)
@@ -95,7 +96,9 @@ def test_forms_of_the_device_part_agree(experts: Experts, form) -> None:
     row[2] = -1
     row[3, 1] = -1
     row[4] = 5  # one expert twice in a row
-    arguments = (hidden, row, weights, gate_up, experts.down.float())
+    biases = torch.randn(E, 2 * INNER), torch.randn(E, H)
+    own = DeviceWeights(gate_up, experts.down.float(), *biases, Activation("silu", 0.5, 1.702))
+    arguments = (hidden, row, weights, own)
     # 1e-5: H + I products of normal values, each rounded at 2^-24
     torch.testing.assert_close(form(*arguments), by_expert(*arguments), rtol=1e-5, atol=1e-6)
 
@@ -106,7 +109,7 @@ def test_forms_keep_an_infinite_absent_expert_out(experts: Experts) -> None:
     hidden, row, weights = batch(4, dtype=torch.float32)
     row[row == 0] = -1
     for form in (by_expert, by_pair, by_every_expert):
-        assert form(hidden, row, weights, gate_up, experts.down.float()).isfinite().all(), form
+        assert form(hidden, row, weights, DeviceWeights(gate_up, experts.down.float())).isfinite().all(), form
 
 
 # --- from files ---

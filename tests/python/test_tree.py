@@ -183,7 +183,7 @@ def test_imports_are_seen_inside_functions() -> None:
 
 # Modules of kt_kernel from the bottom up: each may import from rows above its own only, at any depth of its code.
 PYTHON_LAYERS = (
-    ("_ext", "_build_info", "methods"),
+    ("_ext", "_build_info", "activations", "methods"),
     ("config", "deferral", "device_experts", "files", "progress", "proxy"),
     ("ops", "checkpoint", "device_stream", "environment", "packed_folder", "placement"),
     ("experts", "layer_chain", "packed_writer", "wrapper_checks"),
