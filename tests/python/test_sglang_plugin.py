@@ -77,25 +77,6 @@ def test_gated_shared_expert() -> None:
     torch.testing.assert_close(routed.double(), expected, rtol=2**-8, atol=1e-5)
 
 
-PLAIN_RUNNER = {"activation": "silu", "layer_id": 3}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"activation": "gelu"}, "activation 'gelu'"),
-        ({"apply_router_weight_on_input": True}, "apply_router_weight_on_input=True"),
-        ({"swiglu_limit": 7.0}, "swiglu_limit=7.0"),
-        ({"is_gated": False}, "is_gated=False"),
-    ],
-)
-def test_other_expert_functions_are_refused(change: dict[str, Any], words: str) -> None:
-    layers.check_moe_runner_config(None, None, SimpleNamespace(**PLAIN_RUNNER))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layer 3") as error:
-        layers.check_moe_runner_config(None, None, SimpleNamespace(**{**PLAIN_RUNNER, **change}))  # type: ignore[arg-type]
-    assert words in str(error.value)
-
-
 def test_weights_of_cpu_experts_are_not_loaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     method, other_method = mock.Mock(num_gpu_experts=2), mock.Mock(num_gpu_experts=2)
     monkeypatch.setattr(layers, "_methods", [method])

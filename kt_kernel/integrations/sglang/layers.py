@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kt_kernel.activations import Activation
 from kt_kernel.integrations.sglang import device_methods, scaling
 
 logger = logging.getLogger(__name__)
@@ -64,35 +65,55 @@ def remember_method(_result: None, method: Any, *_args: Any, **_kwargs: Any) -> 
     _methods.append(method)
 
 
-def check_moe_runner_config(_method: Any, layer: nn.Module, moe_runner_config: Any) -> None:
-    """Refuse a layer whose experts are not ``down(silu(gate(x)) * up(x))``, before its weights are read.
+def take_activation(method: Any, layer: nn.Module, moe_runner_config: Any) -> None:
+    """Give the layer's CPU experts the activation of its GPU experts, before weights are read.
+
+    Stock SGLang passes its limits to the device's runner only.
 
     Raises
     ------
     ValueError
-        Names the property and its value.
+        A layer whose experts are not ``down act(gate(x), up(x))``: names the property and its value.
     """
-    config = moe_runner_config
+    activation = activation_of(moe_runner_config)
+    if method.wrapper is not None:
+        method.wrapper.config = replace(method.wrapper.config, activation=activation)
+
+
+def activation_of(config: Any) -> Activation:
+    """Return what SGLang's Triton runner computes between gate, up and down for a ``MoeRunnerConfig``.
+
+    Raises
+    ------
+    ValueError
+        Something that kt_kernel does not compute.
+    """
     found = []
-    if config.activation != "silu":
+    if config.activation not in ("silu", "gelu"):
         found.append(f"activation {config.activation!r}")
-    for name, plain in (
-        ("is_gated", True),
-        ("apply_router_weight_on_input", False),
-        ("no_combine", False),
-        ("gemm1_alpha", None),
-        ("gemm1_beta", None),
-        ("gemm1_clamp_limit", None),
-        ("swiglu_limit", None),
-    ):
-        value = getattr(config, name, plain)
-        if value != plain:
-            found.append(f"{name}={value}")
+    alpha, limit_after = getattr(config, "gemm1_alpha", None), getattr(config, "gemm1_clamp_limit", None)
+    limit, beta = getattr(config, "swiglu_limit", None), getattr(config, "gemm1_beta", None)
+    plain = [("is_gated", True), ("apply_router_weight_on_input", False), ("no_combine", False)]
+    if config.activation == "gelu":
+        plain += [("gemm1_alpha", None), ("gemm1_clamp_limit", None), ("swiglu_limit", None)]
+    for name, value in plain:
+        if getattr(config, name, value) != value:
+            found.append(f"{name}={getattr(config, name)}")
+    if beta not in (None, 1.0 if alpha is not None else None):
+        found.append(f"gemm1_beta={beta}")
     if found:
         raise ValueError(
-            f"kt_kernel computes experts of the form down(silu(gate x) * up x), but layer {config.layer_id} of this "
-            f"model has {', '.join(found)}; serve it without --kt-* flags."
+            f"kt_kernel computes experts of the form down(act(gate x, up x)) with SiLU or GeLU, but layer "
+            f"{config.layer_id} of this model has {', '.join(found)}; serve it without --kt-* flags."
         )
+    try:
+        if config.activation == "gelu" or (alpha is None and limit_after is None):
+            return Activation(config.activation, limit or 0.0)
+        if alpha is not None:
+            return Activation("silu", limit_after or 0.0, alpha)
+        return Activation("silu_then_limit", limit_after)
+    except ValueError as error:
+        raise ValueError(f"layer {config.layer_id} of this model: {error}") from None
 
 
 def check_model_was_wrapped(model: nn.Module, *_args: Any, **_kwargs: Any) -> None:
@@ -179,6 +200,7 @@ def _pack_device_experts(method: Any, layer: nn.Module) -> Any:
             top_k=layer.top_k,
             hidden_size=down.shape[1],
             intermediate_size=intermediate_size,
+            activation=method.wrapper.config.activation,
         ),
         layouts=(METHODS["BF16"].layout,) * 2,
         engine=method.wrapper.cpu_infer,

@@ -50,7 +50,7 @@ ALL_HOSTS = (
     Hook(METHOD + "__init__", "BEFORE", device_methods.fill_in_method),
     Hook(METHOD + "__init__", "AFTER", layers.remember_method),
     Hook(METHOD + "create_weights", "BEFORE", device_methods.before_create_weights),
-    Hook(METHOD + "create_moe_runner", "BEFORE", layers.check_moe_runner_config),
+    Hook(METHOD + "create_moe_runner", "BEFORE", layers.take_activation),
     Hook(METHOD + "create_moe_runner", "BEFORE", scaling.take_factor),
     Hook(FUSED_MOE + "_weight_loader_impl", "AROUND", layers.load_device_expert),
     Hook("sglang.srt.layers.moe.topk.TopK.forward", "AROUND", placement.route),
