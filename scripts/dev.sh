@@ -55,7 +55,7 @@ task_lint() { ## ruff on Python, clang-format on C++, bash -n on shell
   for script in install.sh scripts/*.sh .ci/run; do bash -n "$script"; done
 }
 
-task_tables() { ## write the generated tables of README.md again
+task_tables() { ## write the generated tables of README.md and docs/kernels.md again
   "$python" scripts/generate_readme_tables.py
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of README.md from the code: methods by instruction set, kernels, environment variables.
+"""Write the tables of README.md and docs/kernels.md from the code: methods, flags, environment variables, kernels.
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. ``--check`` changes nothing and exits 1 if a
 table is not what the code says. Reads sources only: needs neither a build nor torch.
@@ -112,49 +112,54 @@ def kernels_table(kernels: list[KernelRow]) -> str:
     return markdown_table(["Kernel", "Weights", "Activations", "From rows of an expert", "Needs"], rows)
 
 
-def tables() -> dict[str, str]:
-    """Every generated table by the name of its markers."""
+def tables() -> dict[str, dict[str, str]]:
+    """Every generated table by its page and the name of its markers."""
     kernels = read_kernels((ROOT / "csrc/kernels/kernels.inc").read_text())
     return {
-        "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py")),
-        "kernels": kernels_table(kernels),
-        "flags": load_source(ROOT / "kt_kernel/integrations/sglang/flags.py").flags_table(),
-        "environment": load_source(ROOT / "kt_kernel/config.py").environment_table(),
+        "README.md": {
+            "methods": methods_table(kernels, load_source(ROOT / "kt_kernel/methods.py")),
+            "flags": load_source(ROOT / "kt_kernel/integrations/sglang/flags.py").flags_table(),
+            "environment": load_source(ROOT / "kt_kernel/config.py").environment_table(),
+        },
+        "docs/kernels.md": {"kernels": kernels_table(kernels)},
     }
 
 
-def render(readme: str) -> str:
-    """The README's text with every table replaced by the current one.
+def render(page: str, text: str) -> str:
+    """A page's text with every table of it replaced by the current one.
 
     Raises
     ------
     ValueError
-        The README has no markers for a table.
+        The page has no markers for a table.
     """
-    for name, table in tables().items():
+    for name, table in tables()[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise ValueError(f"README.md must have {begin} and {end} once each.")
-        head, _, rest = readme.partition(begin)
-        readme = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    return readme
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} must have {begin} and {end} once each.")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only report whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only report whether the pages are up to date")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    current = path.read_text()
-    wanted = render(current)
-    if current == wanted:
-        return 0
-    if arguments.check:
-        print("README.md is not what the code says; run scripts/generate_readme_tables.py", file=sys.stderr)
-        return 1
-    path.write_text(wanted)
-    return 0
+    stale = 0
+    for page in tables():
+        path = ROOT / page
+        current = path.read_text()
+        wanted = render(page, current)
+        if current == wanted:
+            continue
+        if arguments.check:
+            print(f"{page} is not what the code says; run scripts/generate_readme_tables.py", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(wanted)
+    return stale
 
 
 if __name__ == "__main__":

@@ -459,11 +459,10 @@ def read_variables(path: Path) -> set[str]:
     return set(re.findall(r"\$\{(KT_[A-Z0-9_]+):", text))
 
 
-def readme_section(marker: str) -> str:
-    """The text between ``<!-- marker:begin -->`` and ``<!-- marker:end -->`` of the README."""
-    text = (ROOT / "README.md").read_text()
-    match = re.search(rf"<!-- {marker}:begin -->(.*?)<!-- {marker}:end -->", text, re.DOTALL)
-    assert match, f"README.md has no section {marker}"
+def section_of(page: str, marker: str) -> str:
+    """The text between ``<!-- marker:begin -->`` and ``<!-- marker:end -->`` of a page."""
+    match = re.search(rf"<!-- {marker}:begin -->(.*?)<!-- {marker}:end -->", (ROOT / page).read_text(), re.DOTALL)
+    assert match, f"{page} has no section {marker}"
     return match.group(1)
 
 
@@ -471,7 +470,7 @@ def test_every_variable_is_in_the_readme() -> None:
     files = [*cpp_files(), *python_files("kt_kernel", "scripts", "setup.py"), *tree_files("install.sh")]
     files += [path for path in tree_files("scripts") if path.suffix == ".sh"]
     used = set().union(*(read_variables(path) for path in files))
-    listed = set(re.findall(r"^\| `(KT_[A-Z0-9_]+)`", readme_section("environment"), re.MULTILINE))
+    listed = set(re.findall(r"^\| `(KT_[A-Z0-9_]+)`", section_of("README.md", "environment"), re.MULTILINE))
     assert not used - listed, f"read, but not in the README (kt_kernel/config.py ENVIRONMENT): {sorted(used - listed)}"
     assert not listed - used, f"in the README, but read nowhere: {sorted(listed - used)}"
 
@@ -483,12 +482,12 @@ def kernel_rows() -> dict[str, str]:
     return dict(re.findall(r"\bKT_[A-Z_]+\(\s*(\w+)\s*,\s*([\w\s|]+?)\s*[,)]", text))
 
 
-def test_every_kernel_is_in_the_readme() -> None:
-    section = readme_section("kernels")
+def test_every_kernel_is_in_the_documents() -> None:
+    section = section_of("docs/kernels.md", "kernels")
     rows = kernel_rows()
     assert len(rows) >= 5, "kernels.inc was not understood"
     missing = [symbol for symbol in rows if f"`{symbol}`" not in section]
-    assert not missing, f"run scripts/generate_readme_tables.py; not in the README: {missing}"
+    assert not missing, f"run scripts/generate_readme_tables.py; not in docs/kernels.md: {missing}"
 
 
 def test_kernel_symbols_follow_the_grammar() -> None:
