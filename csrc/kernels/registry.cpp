@@ -55,6 +55,11 @@ std::deque<GemmKernel>& gemm_table() {
 #define KT_TILE_GEMM(symbol, isa, weight, activation, mr, m_from, expand, pack, groups) \
   {#symbol, isa,    WeightFormat::weight, DType::activation, mr,    m_from,             \
    symbol,  expand, GemmSource::kNative,  nullptr,           &pack, Groups::groups},
+#define KT_GEMM_AS(name, symbol, isa, weight, activation, mr, m_from, expand) \
+  {#name, isa, WeightFormat::weight, DType::activation, mr, m_from, symbol, expand},
+#define KT_TILE_GEMM_AS(name, symbol, isa, weight, activation, mr, m_from, expand, pack, groups) \
+  {#name,  isa,    WeightFormat::weight, DType::activation, mr,    m_from,                       \
+   symbol, expand, GemmSource::kNative,  nullptr,           &pack, Groups::groups},
 #include "kernels/kernels.inc"
   };
   return kernels;
@@ -184,7 +189,12 @@ int KernelSet::packed_value_bytes() const {
 }
 
 void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict) {
-  tile_verdicts[position_of(kernel)].store(verdict, std::memory_order_relaxed);
+  // Right or wrong a kernel is in all its rows, slower than oneDNN's only for these weights.
+  for (const GemmKernel& row : gemm_table()) {
+    if (row.gemm != kernel.gemm || row.packing == nullptr) continue;
+    if (verdict == TileVerdict::kSlower && row.weights != kernel.weights) continue;
+    tile_verdicts[position_of(row)].store(verdict, std::memory_order_relaxed);
+  }
   verdict_count.fetch_add(1, std::memory_order_release);
 }
 

@@ -31,6 +31,21 @@ inline __m512i as_bits(Int32x16 value) { return reinterpret_cast<__m512i>(value)
 inline __m512 to_float(Int32x16 value) { return __builtin_convertvector(value, __m512); }
 inline __m512i shift_left_16(__m512i lanes) { return as_bits(as_int32(lanes) << 16); }
 
+// body(Index<0>) .. body(Index<kCount - 1>), all inlined before anything else is done: sums that a
+// loop with an index has touched may stay in memory (g++ 12, 2 rows of 4-bit codes).
+template <int kIndex>
+struct Index {
+  static constexpr int value = kIndex;
+};
+template <int kCount, int kIndex = 0, typename Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  if constexpr (kIndex < kCount) {
+    body(Index<kIndex>{});
+    unroll<kCount, kIndex + 1>(body);
+  }
+}
+#define KT_INLINE __attribute__((always_inline))
+
 inline int32_t row_index(const GemmArgs& args, int i) {
   return args.row_idx != nullptr ? args.row_idx[i] : i;
 }

@@ -9,21 +9,6 @@
 namespace kt {
 namespace {
 
-// body(Index<0>) .. body(Index<kCount - 1>), all inlined before anything else is done: sums that a
-// loop with an index has touched may stay in memory (g++ 12, 2 rows of 4-bit codes).
-template <int kIndex>
-struct Index {
-  static constexpr int value = kIndex;
-};
-template <int kCount, int kIndex = 0, typename Body>
-[[gnu::always_inline]] inline void unroll(const Body& body) {
-  if constexpr (kIndex < kCount) {
-    body(Index<kIndex>{});
-    unroll<kCount, kIndex + 1>(body);
-  }
-}
-#define KT_INLINE __attribute__((always_inline))
-
 // The sums and scales of kRows rows of activations. Not in Tile: these pointers shall stay in
 // memory, since in registers over the k-steps they drive vectors out.
 template <int kRows>
