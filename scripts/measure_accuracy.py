@@ -308,16 +308,17 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     started = time.monotonic()
     model = Model(args.model, args.threads)
     text = list(windows(args.model, args.tokens))
-    base = Case("BF16", "BF16", "", "as it is")
+    base = Case("BF16", "BF16", "", "as it is", True)
     with model.loaded(base, args.model) as wrappers:
         expected = [model.log_probabilities(through_kernels(wrappers), ids) for ids in text]
     cost = args.activation_tokens // WINDOW
-    rows = [measure(model, base, args.model, text, expected, 0)]
-    for case in cases:
+    rows = []
+    for case in (base, *cases):
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             folder = write_format(args.model, Path(work) / "model", case.form, peers=args.peers) if case.form else None
             rows.append(measure(model, case, folder or args.model, text, expected, cost))
-        print(formats_table(rows[-1:]).splitlines()[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+        line = formats_table(rows[-1:]).splitlines()[-1]
+        print(f"{time.monotonic() - started:.0f} s", line, rows[-1].activations or "", flush=True)
     told = (
         f"{machine()}, commit {commit()}, {_ext.cpu_features()['tier']}, {torch.get_num_threads()} threads; "
         f"{len(text) * WINDOW:,} tokens, the second table {cost * WINDOW:,}; {time.monotonic() - started:.0f} s."
@@ -331,8 +332,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the demo model")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods or formats; default: all")
-    parser.add_argument("--tokens", type=int, default=8 * WINDOW)
-    parser.add_argument("--activation-tokens", type=int, default=2 * WINDOW, help="for the second table; 0: none")
+    parser.add_argument("--tokens", type=int, default=4 * WINDOW)
+    parser.add_argument("--activation-tokens", type=int, default=WINDOW, help="for the second table; 0: none")
     parser.add_argument("--threads", type=int, help="threads of the worker pool (default: usable cores)")
     parser.add_argument("--peers", type=Path, help="folder of `python -m kt_kernel.bench peers --install`")
     parser.add_argument("--work", type=Path, help="folder for a model at a time (default: the system's for such files)")
