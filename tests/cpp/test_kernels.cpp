@@ -205,6 +205,29 @@ TEST_P(ExpandTest, WritesTheBytesOfTheContract) {
 INSTANTIATE_TEST_SUITE_P(Rows, ExpandTest, testing::ValuesIn(kExpandKernels),
                          [](const auto& test) { return std::string(test.param.name); });
 
+// What the other tests take for granted: the bytes of made-up panels, written here, stand for the
+// values that the packer's own reader finds in them.
+TEST(MadeUpPanels, AreReadBackByTheFormat) {
+  for (const WeightFormatInfo& info : list_weight_formats()) {
+    if (!has_groups(info.format)) continue;
+    for (const int group_size : group_sizes_of(info.format)) {
+      const int k = 576;
+      RandomNumbers random(group_size + 1);
+      const PackedLayout layout = layout_of(info.format, group_size);
+      const PanelValues values = make_panel_values(layout, k, 60, Fill::kRandom, random);
+      ASSERT_EQ(static_cast<int64_t>(values.bytes.size()), layout.panel_bytes(k)) << layout.name();
+      std::vector<float> weights(size_t{kColumns} * k);
+      dequantize_panel(layout, k, values.bytes.data(), weights.data());
+      for (int at = 0; at < kColumns * k; ++at) {
+        const auto wanted = static_cast<float>(values.value(at % k, at / k));
+        // a sum or a product of scales may round twice
+        ASSERT_NEAR(weights[at], wanted, std::fabs(wanted) * 0x1p-22f)
+            << layout.name() << " column " << at / k << " k " << at % k;
+      }
+    }
+  }
+}
+
 // ---- selection ----
 
 std::vector<WeightFormat> all_formats() {
