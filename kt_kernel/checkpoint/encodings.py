@@ -21,6 +21,7 @@ FLOAT_SOURCES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "
 _FLOATS = ("BF16", "F16", "F32")
 _BYTES = ("U8", "I8")
 _EXPONENTS = ("U8", "F8_E8M0")
+WEIGHTS = ("weight", "weight_packed", "qweight", "blocks")
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "scales")
 _GROUPED = ("pack_quantized", "gptq", "gptq_v2", "awq", "mxfp4", "nvfp4")
 # Tensors that change what the others mean.
@@ -83,7 +84,7 @@ def _blocks(numbers: Numbers) -> Sequence[Shape]:
 
 
 def _rows(numbers: Numbers) -> Sequence[Shape]:
-    return ((numbers.n, 1), (numbers.n,), (1, numbers.n), (1,), ())
+    return ((numbers.n, 1), (numbers.n,), (1, numbers.n), (1, 1), (1,), ())
 
 
 def _groups(numbers: Numbers) -> Sequence[Shape]:

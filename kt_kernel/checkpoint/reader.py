@@ -118,7 +118,7 @@ class Checkpoint:
         fused = self._is_fused(layer)
         num_experts = self.sizes.num_experts
         if fused and set(matrices) != {(_ALL, projection) for projection in _FUSED}:
-            found = ", ".join(next(iter(parts.values())).name for _, parts in sorted(matrices.items())[:3])
+            found = ", ".join(_weights_name(parts) for _, parts in sorted(matrices.items())[:3])
             raise ValueError(
                 f"{self.folder} holds only {found} of the experts of layer {layer}; kt_kernel needs gate, up and down "
                 f"of each, or both tensors of all, so download it again."
@@ -215,7 +215,7 @@ class Checkpoint:
                     self._check_part(parts[name], part, stored[projection], fused=expert == _ALL)
                 elif part.needed:
                     raise ValueError(
-                        f"{self.folder} lacks {part.names[0]} beside {next(iter(parts.values())).name}; "
+                        f"{self.folder} lacks {part.names[0]} beside {_weights_name(parts)}; "
                         f"{ENCODINGS[stored[projection].encoding].title} need it, so download the checkpoint again."
                     )
 
@@ -262,7 +262,7 @@ class Checkpoint:
         if expert == _ALL:
             headers = {name: Header(h.type, self._one_expert(h.shape)) for name, h in headers.items()}
         n, k = self._matrix(projection)
-        name = next(iter(parts.values())).name
+        name = _weights_name(parts)
         found = encodings.recognize(headers, n, k, self.quantization)
         if found is None or (expert == _ALL and found in ("gptq", "gptq_v2", "awq")):
             types = ", ".join(f"{part} {header.type}" for part, header in headers.items())
@@ -451,9 +451,14 @@ class Checkpoint:
         """Name in the checkpoint of ``gate``, ``up`` or ``down`` of an expert, for messages."""
         matrices = self._layers[layer]
         if not self._is_fused(layer):
-            return next(iter(matrices[expert, projection].values())).name
+            return _weights_name(matrices[expert, projection])
         key = "down" if projection == "down" else "gate_up"
-        return f"{next(iter(matrices[_ALL, key].values())).name}[{expert}]"
+        return f"{_weights_name(matrices[_ALL, key])}[{expert}]"
+
+
+def _weights_name(parts: _Parts) -> str:
+    """Name of the tensor with the weights among those of a matrix; of any, where it is not there."""
+    return next((parts[name] for name in encodings.WEIGHTS if name in parts), next(iter(parts.values()))).name
 
 
 def _used(encoding: str, present: _Parts) -> list[str]:
