@@ -20,7 +20,8 @@
 //                       (down)
 //
 // Nibbles are low first. The size of a group is k / groups where that is a multiple of 32; else the
-// power of two that gives so many groups, the last one short; else k / groups.
+// power of two from 32 on that gives so many groups, the last one short; else k / groups if that is
+// whole.
 #pragma once
 
 #include <cstdint>

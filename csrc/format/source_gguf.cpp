@@ -26,7 +26,12 @@ void halves(const uint8_t* nibbles, uint8_t* code) {
 
 // Bit i of 32 to bit 4 of code i.
 void add_fifth_bits(uint32_t bits, uint8_t* code) {
-  for (int i = 0; i < kSmall; ++i) code[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
+  for (int i = 0; i < kSmall; i += 8) {
+    // bit j alone in byte j, then in its top bit, whatever it was
+    const uint64_t one_each = (bits >> i & uint64_t{255}) * 0x0101010101010101 & 0x8040201008040201;
+    const uint64_t top = (one_each + 0x7f7f7f7f7f7f7f7f) & 0x8080808080808080;
+    store(load<uint64_t>(code + i) | top >> 3, code + i);
+  }
 }
 
 // Q4_0, IQ4_NL: d, nibbles. Q4_1: d, m, nibbles.

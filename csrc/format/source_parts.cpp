@@ -95,14 +95,14 @@ struct PartChecks {
     KT_CHECK(*groups >= 1, part << " of " << name() << " has " << given.size()
                                 << " dimensions; it must have two, and a group at least");
     if (*groups == 1) return 0;
-    int64_t size = ceil_div(k, *groups);
-    if (k % *groups != 0 || size % 32 != 0) {
+    int64_t size = k % *groups == 0 ? k / *groups : 0;
+    if (size == 0 || size % 32 != 0) {
       for (int64_t power = 32; power < k; power *= 2)
         if (ceil_div(k, power) == *groups) size = power;
     }
-    KT_CHECK(ceil_div(k, size) == *groups, part << " of " << name() << " has " << *groups
-                                                << " groups, and no group size cuts " << k
-                                                << " into so many");
+    KT_CHECK(size != 0, part << " of " << name() << " has " << *groups
+                             << " groups, and no group size that is known cuts " << k
+                             << " into so many");
     return static_cast<int>(size);
   }
 };
