@@ -12,9 +12,9 @@ from kt_kernel import _ext, config
 
 def _check_gemm() -> None:
     try:
-        _ext.explain_kernels("int8")
+        _ext.explain_kernels("int8_n64k4_v1")
     except RuntimeError:
-        _ext.explain_kernels("bf16")  # a CPU may have the one without the other: the layer refuses its own
+        _ext.explain_kernels("bf16_n64k2_v1")  # a CPU may have the one without the other: the layer refuses its own
 
 
 def _check_driver() -> None:
@@ -56,7 +56,7 @@ CHECKS: dict[str, Callable[[], object]] = {
     "KT_LOG_LEVEL": config.log_level,
     "KT_FORCE_ISA": _ext.cpu_features,
     "KT_GEMM": _check_gemm,
-    "KT_DETERMINISTIC": lambda: _ext.explain_kernels("int4"),
+    "KT_DETERMINISTIC": lambda: _ext.explain_kernels("int4_n64k8_v1"),
     "KT_SPIN_US": lambda: _check_number("KT_SPIN_US", 1_000_000, whole=True, kind="microseconds"),
     "KT_CUDA_DRIVER": _check_driver,
     "KT_CUDA_SIGNAL": _check_signal,

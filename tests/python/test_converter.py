@@ -22,6 +22,7 @@ import kt_kernel
 from kt_kernel import converter, packed_writer
 from kt_kernel.config import usable_cpus
 from kt_kernel.convert_command import main
+from kt_kernel.methods import METHODS
 from kt_kernel.packed_folder import read_manifest, verify
 
 E, H, INNER = 4, 64, 48
@@ -136,7 +137,7 @@ def test_layers_beyond_the_model_are_not_converted(
     [
         (["--input-type", "fp8"], "are bf16; give --input-type bf16"),
         (["--input-type", "fp16"], "are bf16; give --input-type bf16"),
-        (["--quant-method", "awq"], "--quant-method awq is not made by kt_kernel.*--kt-method AWQ"),
+        (["--quant-method", "awq"], "serve an AWQ checkpoint as it is with --kt-method AWQ"),
         (["--group-size", "48"], "48 is no multiple of 32"),
         (["--quant-method", "int8", "--group-size", "64"], "AMXINT8 has no groups"),
         (["--cpuinfer-threads", "0"], "--cpuinfer-threads is 0"),
@@ -255,7 +256,7 @@ def test_a_kill_at_every_step_costs_one_layer_at_most(
     finished = len(read_manifest(output)["layers"])
     result = converter.convert(
         converter.ConvertOptions(
-            input_path=str(source), output=output, method=converter.Method("AMXINT4", "int4g32_n64k8_r512_v1", "")
+            input_path=str(source), output=output, method=METHODS["AMXINT4"]
         )
     )
     assert result.resumed_layers == finished

@@ -22,7 +22,10 @@ from torch import Tensor
 from kt_kernel import _ext
 
 OPS = torch.ops.kt_kernel
-GEMMS = [row for row in _ext.list_kernels() if row["op"] == "gemm" and row["supported"] and row["weight"] != "int4"]
+WEIGHTS = ("int8", "bf16")
+GEMMS = [
+    row for row in _ext.list_kernels() if row["op"] == "gemm" and row["supported"] and row["weight"] in WEIGHTS
+]
 ONEDNN = [row["name"] for row in GEMMS if row["source"] == "onednn"]
 # what KT_GEMM may be here beside native
 OTHER = "onednn" if len(ONEDNN) == 2 else "auto"
@@ -196,7 +199,7 @@ def test_what_multiply_panel_refuses() -> None:
             OPS.multiply_panel(name, *changed)
     with pytest.raises(RuntimeError, match="no GEMM kernel none"):
         OPS.multiply_panel("none", *given)
-    with pytest.raises(RuntimeError, match="int4 weights"):
+    with pytest.raises(RuntimeError, match="weights with groups"):
         OPS.multiply_panel("gemm_s8_int4_fp32_1x64x8_reference", *given)
 
 
