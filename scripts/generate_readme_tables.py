@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Columns of the methods' table: a CPU that has one has those before it, but for avxvnni, which Zen 4 and Xeons before
 # Sapphire Rapids lack.
-FEATURES = ("reference", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amxint8", "amxbf16")
+FEATURES = ("reference", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "avx512vbmi", "amxint8", "amxbf16")
 ACTIVATIONS = {"kInt8": "int8", "kUint8": "int8 + 128", "kBFloat16": "bf16"}
 
 
@@ -66,6 +66,9 @@ def read_kernels(text: str) -> list[KernelRow]:
     rows = []
     for macro, arguments in re.findall(r"\bKT_([A-Z_]+)\(([^()]*)\)", text):
         fields = [" ".join(field.split()) for field in arguments.split(",")]
+        if macro.endswith("_AS"):
+            macro = macro.removesuffix("_AS")
+            del fields[1]  # the kernel, which is another row's
         needs = " ".join(feature_name(constant) for constant in fields[1].split("|"))
         if macro in ("GEMM", "TILE_GEMM"):
             groups = fields[8] if macro == "TILE_GEMM" else "kAny"

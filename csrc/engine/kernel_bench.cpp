@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/cpu_features.h"
 #include "base/span.h"
+#include "format/coded_panel.h"
 #include "format/quantize.h"
 #include "kernels/tiles.h"
 
@@ -46,8 +47,25 @@ struct ReleasedTiles {
   ~ReleasedTiles() { release_tiles(); }
 };
 
-int8_t random_code(std::mt19937& random, int limit) {
-  return static_cast<int8_t>(static_cast<int>(random() % (2u * limit + 1)) - limit);
+// All codes but fp8's NaN and the -128 that int8 does not have; scales from 2^-10 to 2^-9, of eight
+// bits, which every form of them holds.
+void fill_codes(std::mt19937& random, CodedPanel* panel) {
+  const WeightFormatInfo& info = format_info(panel->layout.format);
+  const uint32_t mask = (1u << dtype_bits(info.code)) - 1;
+  for (uint8_t& code : panel->codes) {
+    code = static_cast<uint8_t>(random() & mask);
+    if (info.code == DType::kInt8) code = std::max<uint8_t>(code, 1);
+    if (info.code == DType::kFp8 && (code & 0x7f) == 0x7f) --code;
+  }
+  const auto scale = [&] { return std::ldexp(static_cast<float>(128 + random() % 128), -17); };
+  for (float& value : panel->scale) value = scale();
+  for (float& value : panel->minimum) value = -8 * scale();
+  for (uint8_t& value : panel->zero) value = static_cast<uint8_t>(random() & mask);
+  for (uint8_t& value : panel->sub_scale) value = static_cast<uint8_t>(random() % 64);
+  for (uint8_t& value : panel->sub_minimum) value = static_cast<uint8_t>(random() % 64);
+  for (float& value : panel->block_scale) value = scale() / 32;
+  for (float& value : panel->block_minimum) value = scale() / 4;
+  for (float& value : panel->column_scale) value = 1024 * scale();
 }
 
 }  // namespace
@@ -87,19 +105,25 @@ KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, in
 
 void KernelBench::fill_panels() {
   std::mt19937 random(1);
-  const size_t values = static_cast<size_t>(kPanelColumns * k_);
-  std::vector<uint16_t> bf16(values);
-  std::vector<int8_t> codes(values);
-  std::vector<float> scales(static_cast<size_t>(kPanelColumns) * layout_.num_groups(k_));
+  CodedPanel codes;
+  std::vector<uint16_t> bf16(static_cast<size_t>(kPanelColumns * k_));
+  std::vector<float> weights(static_cast<size_t>(k_));
   for (int64_t p = 0; p < std::min(kDistinctPanels, num_panels_); ++p) {
-    for (float& scale : scales) scale = 0.001f + 1e-6f * static_cast<float>(random() % 1000);
-    for (size_t i = 0; i < values; ++i) {
-      bf16[i] = random_bf16(random);
-      codes[i] = random_code(random, layout_.format == WeightFormat::kInt4 ? 7 : 127);
+    uint8_t* const target = panels_.data() + p * panel_bytes_;
+    if (layout_.format == WeightFormat::kBFloat16) {
+      for (uint16_t& value : bf16) value = random_bf16(random);
+      pack_panel(layout_, k_, bf16.data(), nullptr, target);
+      largest_weight_ = 2;
+      continue;
     }
-    const void* given = codes.data();
-    if (layout_.format == WeightFormat::kBFloat16) given = bf16.data();
-    pack_panel(layout_, k_, given, scales.data(), panels_.data() + p * panel_bytes_);
+    codes.reset(layout_, k_);
+    fill_codes(random, &codes);
+    pack_panel(codes, target);
+    for (int column = 0; column < kPanelColumns; ++column) {
+      coded_values(codes, column, weights.data());
+      for (const float weight : weights)
+        largest_weight_ = std::max(largest_weight_, std::abs(weight));
+    }
   }
   for (int64_t p = kDistinctPanels; p < num_panels_; ++p) {
     std::memcpy(panels_.data() + p * panel_bytes_, panel(p % kDistinctPanels), panel_bytes_);
@@ -121,7 +145,7 @@ void KernelBench::fill_activations() {
     for (int b = 0; b < num_blocks_; ++b)
       a_.scale.push_back(0.01f + 0.001f * static_cast<float>(i + b % 3));
     for (int64_t j = 0; j < k_; ++j) {
-      const int8_t code = random_code(random, 127);
+      const auto code = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
       const uint16_t bits = random_bf16(random);
       const int64_t at = i * a_.stride + j;
       a_.int8.data()[at] = static_cast<uint8_t>(code);
@@ -218,24 +242,28 @@ bool KernelBench::matches(const std::string& name, int m) {
   if (!kernel.rounds()) {
     return std::memcmp(c_.data(), expected_.data(), count * sizeof(float)) == 0;
   }
-  const double bound = rounding_bound();
+  const double bound = rounding_bound(kernel);
   for (size_t i = 0; i < count; ++i) {
     if (!(std::abs(double{c_[i]} - double{expected_[i]}) <= bound)) return false;
   }
   return true;
 }
 
-double KernelBench::rounding_bound() const {
+double KernelBench::rounding_bound(const GemmKernel& kernel) const {
   const double k = static_cast<double>(k_);
-  const double unit = std::ldexp(1.0, -24);
-  // two sums of k products of at most 4, each rounded k times by half a unit in the last place of
-  // at most 4k
-  if (layout_.format == WeightFormat::kBFloat16) return 2 * k * 4 * k * unit;
-  // int4 as bf16: k weights of at most 7 * 0.002, each rounded by up to 2^-9 of itself, times codes
-  // of 127 / 3^0.5 on average, under the largest scale of a row. The roundings are independent:
-  // eight times the root of their sum of squares, and a lost tile of 32 k is off by twice as much.
-  const double rounding = 127 / std::sqrt(3.0) * 7 * 0.002 * std::ldexp(1.0, -9);
-  return 8 * std::sqrt(k) * rounding * (0.01 + 0.001 * max_rows_);
+  // Weights rounded to bf16 by up to 2^-9 of themselves each. The roundings are independent: eight
+  // times the root of their sum of squares, and a lost tile of 32 k is off by twice as much.
+  const double rounded = 8 * std::sqrt(k) * largest_weight_ * std::ldexp(1.0, -9);
+  if (takes_bf16_rows(layout_.format)) {
+    // two sums of k products with activations of at most 2, each rounded k times by half a unit in
+    // the last place of the largest sum
+    const double sums = 2 * k * k * 2 * largest_weight_ * std::ldexp(1.0, -24);
+    return kernel.expand == nullptr ? sums : sums + 2 * rounded;
+  }
+  // times codes of 127 / 3^0.5 on average, which are rounded as well where a row has many scales,
+  // under the largest of them
+  const double scale = *std::max_element(a_.scale.begin(), a_.scale.end());
+  return std::sqrt(2.0) * rounded * 127 / std::sqrt(3.0) * scale;
 }
 
 int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {

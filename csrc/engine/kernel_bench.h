@@ -67,7 +67,8 @@ class KernelBench {
   const void* activations_of(DType dtype) const;
   // All rows as the kernel's packing wants them, made at the first call.
   const NumaArena& packed_of(const GemmKernel& kernel);
-  double rounding_bound() const;  // of a result of a kernel that rounds
+  // Of a result of a kernel that rounds.
+  double rounding_bound(const GemmKernel& kernel) const;
   int64_t panels_of_a_stretch(const GemmKernel& kernel, int m);
   int64_t next_stretch(int64_t panels);
   const uint8_t* panel(int64_t index) const { return panels_.data() + index * panel_bytes_; }
@@ -82,6 +83,7 @@ class KernelBench {
   const int num_blocks_;
   std::vector<const GemmKernel*> kernels_;
   const GemmKernel* reference_ = nullptr;
+  float largest_weight_ = 0;
   NumaArena panels_;
   NumaArena expanded_;
   Activations a_;

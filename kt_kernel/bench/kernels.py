@@ -32,7 +32,30 @@ FORMATS = {
     "int4g128": "int4g128_n64k8_v1",
     "int4": "int4_n64k8_v1",
     "bf16": "bf16_n64k2_v1",
+    # codes of files
+    "int8hg32": "int8hg32_n64k4_v1",
+    "int8fg128": "int8fg128_n64k4_v1",
+    "int6kg16": "int6kg16_n64k16_v1",
+    "int5hg32": "int5hg32_n64k8_v1",
+    "int5mg32": "int5mg32_n64k8_v1",
+    "int5kmg32": "int5kmg32_n64k8_v1",
+    "int4hg32": "int4hg32_n64k8_v1",
+    "int4hg128": "int4hg128_n64k8_v1",
+    "int4fg32": "int4fg32_n64k8_v1",
+    "int4zg128": "int4zg128_n64k8_v1",
+    "int4mg32": "int4mg32_n64k8_v1",
+    "int4kmg32": "int4kmg32_n64k8_v1",
+    "int3kg16": "int3kg16_n64k16_v1",
+    "int2kmg16": "int2kmg16_n64k16_v1",
+    "fp4g32": "fp4g32_n64k8_v1",
+    "fp4cg16": "fp4cg16_n64k8_v1",
+    "iq4hg32": "iq4hg32_n64k8_v1",
+    "iq4kg32": "iq4kg32_n64k8_v1",
+    "fp8g32": "fp8g32_n64k4_v1",
+    "fp8fg128": "fp8fg128_n64k4_v1",
 }
+# What is measured if nothing else is asked for: what we quantize to.
+OURS = ("int8", "int4g32", "int4g128", "int4", "bf16")
 PANEL_COLUMNS = 64
 # A walk must come back to a panel only when no cache holds it any more.
 CACHES_OF_A_BUFFER = 2
@@ -75,6 +98,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the bench."""
     parser.add_argument("--filter", default="", help="only rows whose '<format> <kernel>' contains this text")
+    parser.add_argument("--layouts", default=",".join(OURS), help=f"comma separated, or all: {', '.join(FORMATS)}")
     parser.add_argument("--m", default="1,2,4,8,16,64", help="rows of activations, comma separated")
     parser.add_argument("--k", type=int, default=2048, help="columns of a panel, a multiple of 64")
     parser.add_argument("--rounds", type=int, default=40)
@@ -104,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
                 f"--buffer-mb {buffer_mb} would be read from the last-level cache of {cache_mb} MB; give at least "
                 f"{CACHES_OF_A_BUFFER * cache_mb}."
             )
-        formats = [name for name in FORMATS if matching(name, kernels_of(name), args.filter)]
+        formats = [name for name in layouts_of(args.layouts) if matching(name, kernels_of(name), args.filter)]
         if not formats:
             raise ValueError(
                 f"--filter {args.filter} leaves no kernel that may run here; python -m kt_kernel.collect_env lists "
@@ -120,7 +144,7 @@ def main(args: argparse.Namespace) -> int:
     result = {
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"{conditions.environment()}python -m kt_kernel.bench kernels --filter '{args.filter}' --m {args.m} "
+        "command": f"{conditions.environment()}python -m kt_kernel.bench kernels{layouts_flag(args.layouts)} --filter '{args.filter}' --m {args.m} "
         f"--k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
         "last_level_cache_mb": cache_mb,
         "drift": max(row.drift for row in rows),
@@ -128,6 +152,20 @@ def main(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result, indent=2) if args.json else table(result))
     return conditions.end_of_lines([row.drift for row in rows])
+
+
+def layouts_of(text: str) -> list[str]:
+    """The names of FORMATS that ``--layouts text`` asks for."""
+    names = list(FORMATS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in FORMATS:
+            raise ValueError(f"--layouts {name} is none that can be measured; give all or some of {', '.join(FORMATS)}.")
+    return names
+
+
+def layouts_flag(text: str) -> str:
+    """The flag as it stands in the command of a result; nothing for the default."""
+    return "" if text == ",".join(OURS) else f" --layouts {text}"
 
 
 def kernels_of(format_name: str) -> list[str]:

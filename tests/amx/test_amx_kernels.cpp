@@ -26,6 +26,9 @@ const GemmKernel& kernel_named(const std::string& name) {
 const char* const kInt8Row = "gemm_u8_int8_fp32_32x64x4_amxint8";
 const char* const kInt4Row = "gemm_s8_int4x_fp32_32x64x4_amxint8";
 const char* const kInt4ToBf16Row = "gemm_s8_int4b_fp32_32x64x2_amxbf16";
+const char* const kInt8ToBf16Row = "gemm_s8_int8hb_fp32_32x64x2_amxbf16";
+const char* const kFp4ToBf16Row = "gemm_s8_fp4b_fp32_32x64x2_amxbf16";
+const char* const kFp8ToBf16Row = "gemm_bf16_fp8b_fp32_32x64x2_amxbf16";
 const char* const kBf16Row = "gemm_bf16_bf16_fp32_32x64x2_amxbf16";
 
 struct Counts {
@@ -58,11 +61,9 @@ struct Row {
   int group_size;
   int tile_k;  // k of one product
 };
-const Row kRows[] = {{kInt8Row, 0, 64},
-                     {kInt4Row, 0, 64},
-                     {kInt4Row, 128, 64},
-                     {kInt4ToBf16Row, 32, 32},
-                     {kBf16Row, 0, 32}};
+const Row kRows[] = {{kInt8Row, 0, 64},        {kInt4Row, 0, 64},        {kInt4Row, 128, 64},
+                     {kInt4ToBf16Row, 32, 32}, {kInt8ToBf16Row, 32, 32}, {kFp4ToBf16Row, 32, 32},
+                     {kFp8ToBf16Row, 32, 32},  {kBf16Row, 0, 32}};
 
 class AmxCounts : public testing::Test {
  protected:
@@ -318,6 +319,22 @@ TEST_F(AmxLayer, TakesAvx512OnceItsKernelWasFoundWrong) {
   EXPECT_EQ(counts().products, 0u);
   EXPECT_EQ(layer.layer().explain().find("amxint8"), std::string::npos);
   set_tile_verdict(kernel_named(kInt4Row), TileVerdict::kUnchecked);
+}
+
+// Rows of one kernel share what was found right or wrong with it, and nothing else.
+TEST(TileVerdicts, AreThoseOfAKernel) {
+  const GemmKernel& found = kernel_named(kFp4ToBf16Row);
+  for (const TileVerdict verdict : {TileVerdict::kWrong, TileVerdict::kRight}) {
+    set_tile_verdict(found, verdict);
+    EXPECT_EQ(tile_verdict(found), verdict);
+    EXPECT_EQ(tile_verdict(kernel_named(kInt4ToBf16Row)), verdict);
+    EXPECT_EQ(tile_verdict(kernel_named(kInt8ToBf16Row)), TileVerdict::kUnchecked);
+  }
+  set_tile_verdict(found, TileVerdict::kSlower);
+  EXPECT_EQ(tile_verdict(found), TileVerdict::kSlower);
+  EXPECT_EQ(tile_verdict(kernel_named(kInt4ToBf16Row)), TileVerdict::kRight);
+  set_tile_verdict(kernel_named(kInt4ToBf16Row), TileVerdict::kUnchecked);
+  EXPECT_EQ(tile_verdict(found), TileVerdict::kUnchecked);
 }
 
 TEST(JudgeTiles, RefusesADifferenceAndComparesTimes) {

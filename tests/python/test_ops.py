@@ -157,7 +157,7 @@ def test_a_ticket_of_another_operator_is_refused_and_not_spent(layer: CpuExperts
     with pytest.raises(RuntimeError, match="not one for wait_written; give it to sync"):
         OPS.wait_written(int(ticket))
     buffers = [torch.zeros(2 * INNER, H, dtype=torch.bfloat16), torch.zeros(H, INNER, dtype=torch.bfloat16)]
-    write = OPS.write_expert(layer.layer.handle, 0, 1, [buffers[0].data_ptr()], [buffers[1].data_ptr()])
+    write = OPS.write_expert(layer.layer.handle, 0, 1, [buffers[0].data_ptr()], [buffers[1].data_ptr()], [], [])
     with pytest.raises(RuntimeError, match="not one for sync; give it to wait_written"):
         OPS.sync(torch.tensor([write]), hidden)
     with pytest.raises(RuntimeError, match="not one for sync_on_stream; give it to wait_written"):

@@ -123,7 +123,8 @@ struct Tile {
 
 // c *= t, a scale a column.
 template <int kRows, int kLines>
-inline void scale_columns(const GemmArgs& args, int row, int first_line, const uint8_t* t) {
+[[gnu::noinline]] void scale_columns(const GemmArgs& args, int row, int first_line,
+                                     const uint8_t* t) {
 #pragma GCC unroll 4
   for (int j = 0; j < kLines; ++j) {
     const __m512 scale = _mm512_load_ps(t + 64 * j);
