@@ -34,8 +34,8 @@ class ExpertWriter:
     ``w2[r] = down[:, r * I' : (r + 1) * I']``  ``[H, I']``
 
     Method BF16 gives the bits of the checkpoint; the others give the values their codes stand for, rounded to bf16, so
-    every method serves a GPU layer in bf16. With addresses of scales, RAWINT4, FP8, FP8_PERCHANNEL, MXFP4 and MXFP8 give
-    the codes and scales of their files, as ``csrc/moe/native_export.h`` lists them.
+    every method serves a GPU layer in bf16. With addresses of scales, RAWINT4, FP8, FP8_PERCHANNEL, MXFP4 and MXFP8
+    give the codes and scales of their files, as ``csrc/moe/native_export.h`` lists them.
     """
 
     def __init__(self) -> None:
@@ -83,8 +83,8 @@ class ExpertWriter:
         Raises
         ------
         RuntimeError
-            An expert that has no place on the CPU, addresses that are odd or buffers that overlap, or scales of a method
-            that is written as bf16 only.
+            An expert that has no place on the CPU, addresses that are odd or buffers that overlap, or scales of a
+            method that is written as bf16 only.
         """
         scales = (buffers.w13_scales, buffers.w2_scales) if any(buffers.w13_scales) else ()
         self._tickets.append(experts.write_expert(expert, buffers.w13, buffers.w2, *scales))

@@ -144,8 +144,8 @@ def main(args: argparse.Namespace) -> int:
     result = {
         "machine": conditions.machine(),
         "commit": conditions.commit(),
-        "command": f"{conditions.environment()}python -m kt_kernel.bench kernels{layouts_flag(args.layouts)} --filter '{args.filter}' --m {args.m} "
-        f"--k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
+        "command": f"{conditions.environment()}python -m kt_kernel.bench kernels{layouts_flag(args.layouts)} "
+        f"--filter '{args.filter}' --m {args.m} --k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
         "last_level_cache_mb": cache_mb,
         "drift": max(row.drift for row in rows),
         "rows": [asdict(row) for row in rows],
@@ -159,7 +159,7 @@ def layouts_of(text: str) -> list[str]:
     names = list(FORMATS) if text == "all" else text.split(",")
     for name in names:
         if name not in FORMATS:
-            raise ValueError(f"--layouts {name} is none that can be measured; give all or some of {', '.join(FORMATS)}.")
+            raise ValueError(f"--layouts {name} cannot be measured; give all or some of {', '.join(FORMATS)}.")
     return names
 
 

@@ -126,8 +126,8 @@ def test_writes_and_forwards_share_the_pool(experts: Experts) -> None:
         ({"w13_weight_ptrs": [0, 0]}, r"w13_weight_ptrs is \[0, 0\]; 0 is no address of host memory"),
         ({"w2_weight_ptrs": [64]}, "w2_weight_ptrs has 1 addresses; it must have one for each of 2 ranks"),
         ({"w2_weight_ptrs": [4096, 4098]}, "two buffers of expert 1 overlap; give every rank memory of its own"),
-        ({"w2_weight_ptrs": [4097, 1 << 30]}, "a w2 buffer is at address 4097; give the address of values in host memory, at a multiple of 2"),
-        ({"w13_scale_ptrs": [0, 64]}, r"w13_scale_ptrs is \[0, 64\]; give an address for each of 2 ranks, or 0 for each"),
+        ({"w2_weight_ptrs": [4097, 1 << 30]}, "a w2 buffer is at address 4097; .* at a multiple of 2"),
+        ({"w13_scale_ptrs": [0, 64]}, r"w13_scale_ptrs is \[0, 64\]; give an address for each of 2 ranks, or 0"),
         ({"w2_scale_ptrs": [0]}, r"w2_scale_ptrs is \[0\]; give an address for each of 2 ranks, or 0 for each"),
         ({"w2_scale_ptrs": [64, 128]}, "one of w13_scale_ptrs and w2_scale_ptrs has addresses; give both"),
         (
