@@ -145,7 +145,8 @@ def main(args: argparse.Namespace) -> int:
         "machine": conditions.machine(),
         "commit": conditions.commit(),
         "command": f"{conditions.environment()}python -m kt_kernel.bench kernels{layouts_flag(args.layouts)} "
-        f"--filter '{args.filter}' --m {args.m} --k {args.k} --rounds {args.rounds} --buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
+        f"--filter '{args.filter}' --m {args.m} --k {args.k} --rounds {args.rounds} "
+        f"--buffer-mb {buffer_mb}{conditions.attempts_flag(args.attempts)}",
         "last_level_cache_mb": cache_mb,
         "drift": max(row.drift for row in rows),
         "rows": [asdict(row) for row in rows],
