@@ -185,9 +185,10 @@ TEST(ExpertExport, WhatCannotBeWrittenIsRefusedAndNothingIsTouched) {
               r.w2.push_back(r.w2[0]);
             }),
             "the intermediate size 32 cannot be cut into 3 equal ranks.");
-  EXPECT_EQ(refused([](ExpertExport& r) { r.w2[1] = nullptr; }),
-            "a w2 buffer is at address 0; give the address of values in host memory, at a multiple of "
-            "2.");
+  EXPECT_EQ(
+      refused([](ExpertExport& r) { r.w2[1] = nullptr; }),
+      "a w2 buffer is at address 0; give the address of values in host memory, at a multiple of "
+      "2.");
   EXPECT_EQ(refused([](ExpertExport& r) { r.w2[1] = r.w13[0] + 2; }),
             "two buffers of expert 0 overlap; give every rank memory of its own.");
   EXPECT_EQ(message_of([&] { write_expert(store, pool, ranks.request(2)); }),
