@@ -7,8 +7,8 @@
 
 namespace kt {
 
-// The codes of packed weights below 8 bits have no dtype of torch's: kFp4 is E2M1, kIq4 the table of
-// llama.cpp's IQ4_NL, kFp8 e4m3fn. kE8M0: powers of two, scales of the MX formats.
+// The codes of packed weights below 8 bits have no dtype of torch's: kFp4 is E2M1, kIq4 the table
+// of llama.cpp's IQ4_NL, kFp8 e4m3fn. kE8M0: powers of two, scales of the MX formats.
 enum class DType : uint8_t {
   kFloat32,
   kBFloat16,

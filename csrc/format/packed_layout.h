@@ -18,7 +18,8 @@
 //   8     int8h, int8f: [group / 4][64 columns][4 k] two's complement; fp8: [group / 4][16][4
 //         columns][4 k] with each 16 bytes as k, k + 1 of the four columns, then k + 2, k + 3
 //   5     for each 8 k the 4 lines of the low 4 bits, then one line of bits 4: for each 16 columns
-//         two uint64, bit 4 c + j of the first that of column c at k + j, of the second at k + 4 + j
+//         two uint64, bit 4 c + j of the first that of column c at k + j, of the second at k + 4 +
+//         j
 //   6     for each 16 k the 8 lines of the low 4 bits, then 4 lines of bits 4 and 5: [64
 //         columns][4 bytes], byte j of a column holding those of k + j, k + 4 + j, k + 8 + j and
 //         k + 12 + j from its low bits on

@@ -73,7 +73,8 @@ int64_t group_at(int64_t index, int groups, int group, int column) {
   return (index * groups + group) * kPackedColumns + column;
 }
 
-// 256 two-bit codes of 64 bytes: of each 32 bytes, bits 0 and 1 are 32 codes, bits 2 and 3 the next.
+// 256 two-bit codes of 64 bytes: of each 32 bytes, bits 0 and 1 are 32 codes, bits 2 and 3 the
+// next.
 void pairs_of_bits(const uint8_t* bytes, uint8_t* code) {
   for (int half = 0; half < 2; ++half) {
     for (int j = 0; j < 4; ++j, code += 32)

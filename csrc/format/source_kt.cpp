@@ -1,8 +1,8 @@
 // Sources of the incumbent's converter: INT8 and INT4 in the order of its tiles, one fp32 scale a
 // row of each NUMA part.
 //
-// A part [N, K] is cut into blocks of R rows (INT8 64, INT4 128), these into blocks of 3584 k, these
-// into 32 rows, these into steps of S k (64, 128): 2 KB, [2 halves of 16 rows][16 words][16
+// A part [N, K] is cut into blocks of R rows (INT8 64, INT4 128), these into blocks of 3584 k,
+// these into 32 rows, these into steps of S k (64, 128): 2 KB, [2 halves of 16 rows][16 words][16
 // rows][4 k]. INT4: k of a step in the low nibbles, k + 64 in the high ones, two's complement, and
 // the value is 16 * code * scale.
 #include <algorithm>

@@ -49,8 +49,8 @@ constexpr int kMaxIntegerK = 65536;
 // Tiles     a kernel with packed rows works in AMX tiles: those of the calling thread are
 //           configured (TileControl) before the call and stay so.
 // Requires  panel and a 64-byte aligned; m >= 0; group_size a multiple of 32 (kBlock*, kColumn: of
-//           16), or k for one scale a row; group_size <= k; a_block k, or whole groups and a multiple
-//           of 64.
+//           16), or k for one scale a row; group_size <= k; a_block k, or whole groups and a
+//           multiple of 64.
 // Threads   re-entrant.
 struct GemmArgs {
   const void* a;
@@ -90,8 +90,8 @@ struct RowPacking {
   const char* name;
   int value_bytes;  // of one packed value
   // Puts a row of k codes (int8 or the same + 128; bf16) at its place: chunk i of 64 bytes goes to
-  // packed + i * 1024. With value_bytes 2 and int8 codes, they become bf16: exactly if a_block is k,
-  // else each times its block's scale, rounded to nearest even. Others do not read the scales.
+  // packed + i * 1024. With value_bytes 2 and int8 codes, they become bf16: exactly if a_block is
+  // k, else each times its block's scale, rounded to nearest even. Others do not read the scales.
   void (*pack_row)(const uint8_t* codes, int32_t k, const float* scales, int32_t a_block,
                    uint8_t* packed);
 };

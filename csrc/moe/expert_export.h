@@ -1,5 +1,5 @@
-// One expert's weights as plain matrices, bf16 or in the form of their files, cut for the ranks of a
-// tensor-parallel GPU group.
+// One expert's weights as plain matrices, bf16 or in the form of their files, cut for the ranks of
+// a tensor-parallel GPU group.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ namespace kt {
 //   w13[r] [2 * I / R, hidden_size]   gate rows, then up rows
 //   w2[r]  [hidden_size, I / R]       columns of down
 //
-// Without scales they are bf16: bf16 layouts give the bits that were loaded, others what their codes
-// stand for (rotated back), rounded. With scales, one for each rank and of both, they are the codes
-// and scales of native_export.h; a layout of one scale a row has those of w2 in every rank.
+// Without scales they are bf16: bf16 layouts give the bits that were loaded, others what their
+// codes stand for (rotated back), rounded. With scales, one for each rank and of both, they are the
+// codes and scales of native_export.h; a layout of one scale a row has those of w2 in every rank.
 struct ExpertExport {
   int expert = 0;
   std::vector<uint8_t*> w13;

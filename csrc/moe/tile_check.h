@@ -16,9 +16,9 @@ struct TileReport {
   std::string text;  // one or two sentences with the figures
 };
 
-// Runs some rows through `expert` by the kernels of `request` for its layouts, by those of the same features
-// without AMX, and by the scalar ones. The same bits are expected of integer sums; where bf16 is
-// multiplied, a difference of at most 1/32 of the result's length (tile_check.cpp).
+// Runs some rows through `expert` by the kernels of `request` for its layouts, by those of the same
+// features without AMX, and by the scalar ones. The same bits are expected of integer sums; where
+// bf16 is multiplied, a difference of at most 1/32 of the result's length (tile_check.cpp).
 //
 // Where they are right, oneDNN has a row for these weights, request.choice is kAuto and neither
 // KT_FORCE_ISA nor request.deterministic (of bf16) fixes the choice: times both on the same expert

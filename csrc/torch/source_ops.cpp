@@ -1,5 +1,5 @@
-// torch.ops.kt_kernel, the operators on matrices as checkpoints have them (format/source.h). All but
-// load_source need no layer and no pool; the caller may run them on threads of its own.
+// torch.ops.kt_kernel, the operators on matrices as checkpoints have them (format/source.h). All
+// but load_source need no layer and no pool; the caller may run them on threads of its own.
 #include <torch/library.h>
 
 #include <vector>

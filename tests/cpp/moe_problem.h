@@ -1,5 +1,5 @@
-// Random MoE layers and batches for tests, the layer in double precision, and how far a layer may be
-// from it.
+// Random MoE layers and batches for tests, the layer in double precision, and how far a layer may
+// be from it.
 #pragma once
 
 #include <algorithm>

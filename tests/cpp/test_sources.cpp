@@ -1,5 +1,5 @@
-// Sources in buffers of exactly their size, so that a sanitizer finds every byte too many; what they
-// decode to is checked in tests/python/test_sources.py.
+// Sources in buffers of exactly their size, so that a sanitizer finds every byte too many; what
+// they decode to is checked in tests/python/test_sources.py.
 #include <gtest/gtest.h>
 
 #include <algorithm>

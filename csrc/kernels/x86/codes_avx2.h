@@ -123,8 +123,8 @@ struct ExpandedCodes {
 
 // ---- scales ----
 
-// Where those of a group are: behind its codes, and the d and e of its 256 k; or in the tables of an
-// expanded panel, and its zeros or minima.
+// Where those of a group are: behind its codes, and the d and e of its 256 k; or in the tables of
+// an expanded panel, and its zeros or minima.
 struct GroupScales {
   const uint8_t* scales;
   const uint8_t* more;

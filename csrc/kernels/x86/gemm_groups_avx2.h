@@ -1,9 +1,9 @@
 // Groups of integers on AVX2, for any codes and scales: c as kernel.h has it.
 //
 // Unsigned codes are multiplied by vpmaddubsw, and as many products are added up in 16 bits as fit:
-// 32 k of codes up to 15, 16 k up to 31, 8 k up to 63. Then vpmaddwd widens the sum. Codes of 8 bits
-// go through vpmaddwd from the start, as gemm_int8_avx2.cpp says: shifted left by 8 and masked they
-// are 256 times the even and the odd k. Offsets and zeros leave by the sums of activations.
+// 32 k of codes up to 15, 16 k up to 31, 8 k up to 63. Then vpmaddwd widens the sum. Codes of 8
+// bits go through vpmaddwd from the start, as gemm_int8_avx2.cpp says: shifted left by 8 and masked
+// they are 256 times the even and the odd k. Offsets and zeros leave by the sums of activations.
 // Anonymous namespace only.
 #pragma once
 
