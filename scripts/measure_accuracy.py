@@ -14,6 +14,7 @@ scale a row (all computed in fp32 by torch), and for what our kernels do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
@@ -197,7 +198,7 @@ class Row(NamedTuple):
     """What the first table says of a case, and its line of the second, if it has one."""
 
     case: Case
-    layouts: tuple[str, str]
+    layouts: list[tuple[str, str]]  # of w13 and w2 of each layer
     bits: float
     score: Score
     activations: list[float] | None
@@ -239,7 +240,8 @@ def measure(model: Model, case: Case, folder: Path, text: list[Tensor], expected
             tried = [[e.rounding(rounded) for e in exact] for rounded in ROUNDINGS.values()]
             scores = [model.score(option, few, truth) for option in (*tried, computes)]
             activations = [found.kl / found.positions for found in scores]
-        return Row(case, wrappers[0].moe.layouts, 8 * num_bytes / model.num_weights, score, activations)
+        layouts = [wrapper.moe.layouts for wrapper in wrappers]
+        return Row(case, layouts, 8 * num_bytes / model.num_weights, score, activations)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -254,7 +256,7 @@ def formats_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         score = row.score
-        layouts = ", ".join(f"`{layout}`" for layout in dict.fromkeys(row.layouts))
+        layouts = ", ".join(f"`{layout}`" for layout in dict.fromkeys(itertools.chain(*row.layouts)))
         agreement = f"{100 * score.agreement / score.positions:.2f} %"
         figures = [f"{score.kl / score.positions:.5f}", f"{math.exp(score.nll / score.predicted):.3f}", agreement]
         lines.append([row.case.title, row.case.quantizer, layouts, f"{row.bits:.2f}", *figures])
@@ -265,7 +267,7 @@ def activations_table(rows: list[Row], sizes: tuple[int, int]) -> str:
     """KL of each rounding of activations to none, the weights being equal."""
     header = ["weights", *ROUNDINGS, "our kernels", "which take"]
     lines = [
-        [row.case.title, *(f"{kl:.5f}" for kl in row.activations), taken_by(row.layouts, sizes)]
+        [row.case.title, *(f"{kl:.5f}" for kl in row.activations), taken_by(row.layouts[0], sizes)]
         for row in rows
         if row.activations is not None
     ]
