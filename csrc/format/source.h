@@ -102,7 +102,8 @@ bool quantizes(const SourceMatrix& matrix, const PackedLayout& layout);
 // Errors  kt::Error: the layout neither quantizes nor keeps these codes, scales and groups.
 void check_source_layout(const SourceMatrix& matrix, const PackedLayout& layout);
 
-// The values of rows first .. first + count - 1, count <= 64: w [count, k] fp32.
+// The values of rows first .. first + count - 1, count <= 64: w [count, k] fp32. `first` is a
+// multiple of 8, whose words awq has.
 void decode_rows(const SourceMatrix& matrix, int64_t first, int64_t count, float* w);
 
 // Some rows of a matrix and where in a panel they go.

@@ -355,16 +355,19 @@ inline void expect_matches_exact_sum(const Problem& p, bool weights_are_bf16,
                                      const std::vector<float>& c) {
   // the scale of a group is one more rounding of each product, or of its sum
   const int roundings = weights_are_bf16 ? p.k : p.k + p.num_groups + 2;
-  for (int i = 0; i < p.m; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
+  std::vector<double> w(p.k);
+  for (int j = 0; j < kColumns; ++j) {
+    for (int k = 0; k < p.k; ++k) {
+      w[k] =
+          weights_are_bf16 ? bf16_to_float(p.w_bf16[int64_t{j} * p.k + k]) : p.values.value(k, j);
+    }
+    for (int i = 0; i < p.m; ++i) {
       double exact = 0, magnitude = 0, largest = 0;
       for (int k = 0; k < p.k; ++k) {
         const double a = bf16_to_float(p.a_bf16[p.row(i) * p.k + k]);
-        const double w =
-            weights_are_bf16 ? bf16_to_float(p.w_bf16[int64_t{j} * p.k + k]) : p.values.value(k, j);
-        exact += a * w;
-        magnitude += std::fabs(a * w);
-        largest = std::max({largest, std::fabs(a), std::fabs(w)});
+        exact += a * w[k];
+        magnitude += std::fabs(a * w[k]);
+        largest = std::max({largest, std::fabs(a), std::fabs(w[k])});
       }
       ASSERT_NEAR(c[i * kStride + j], exact, bf16_gemm_tolerance(roundings, magnitude, largest))
           << "row " << i << " column " << j;

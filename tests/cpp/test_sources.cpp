@@ -167,19 +167,21 @@ TEST(Sources, W13PanelsHaveGateBeforeUp) {
     const Matrix up = make_matrix(test, n, k, &generator);
     const PackedLayout layout = source_layout(gate.source);
     std::vector<uint8_t> packed(layout.panel_bytes(k));
-    std::vector<float> found(64 * k), value(k);
+    std::vector<float> found(64 * k), values(8 * k);
     const int64_t p = num_w13_panels(n) - 1;
     pack_source_panel(layout, w13_source_rows(gate.source, up.source, p), packed.data());
     dequantize_panel(layout, k, packed.data(), found.data());
     for (int column = 0; column < 64; ++column) {
-      const int64_t row = 32 * p + column % 32;
-      std::fill(value.begin(), value.end(), 0.0f);
-      if (row < n) decode_rows((column < 32 ? gate : up).source, row, 1, value.data());
+      const int64_t row = 32 * p + column % 32, first = row / 8 * 8;
+      std::fill(values.begin(), values.end(), 0.0f);
+      if (row < n) {
+        decode_rows((column < 32 ? gate : up).source, first, std::min<int64_t>(8, n - first),
+                    values.data());
+      }
       if (layout.format == WeightFormat::kBFloat16)
-        for (float& number : value) number = bf16_to_float(float_to_bf16(number));
-      // rows of awq come in eights, so it is decoded from the row of a word on
-      if (std::string(test.source) == "awq" && row < n) continue;
-      EXPECT_TRUE(std::equal(value.begin(), value.end(), found.begin() + column * k))
+        for (float& value : values) value = bf16_to_float(float_to_bf16(value));
+      const auto value = values.begin() + (row - first) * k;
+      EXPECT_TRUE(std::equal(value, value + k, found.begin() + column * k))
           << test.source << " column " << column;
     }
   }
