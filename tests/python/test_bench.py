@@ -468,7 +468,7 @@ def test_a_wrong_kernel_ends_the_bench_before_it_measures(monkeypatch, capsys):
         (["--m", "1,x"], "--m 1,x must be positive numbers, comma separated."),
         (["--rounds", "0"], "--rounds 0 must be positive numbers, comma separated."),
         (["--attempts", "-1"], "--attempts -1 must be positive numbers, comma separated."),
-        (["--layouts", "int8,int7"], "--layouts int7 is none that can be measured; give all or some of int8, int4g32,"),
+        (["--layouts", "int8,int7"], "--layouts int7 cannot be measured; give all or some of int8, int4g32,"),
         (["--filter", "int5"], "--filter int5 leaves no kernel that may run here; python -m kt_kernel.collect_env"),
         (["--k", "100"], "k is 100; it must be a multiple of 64 up to 65536."),
     ],
