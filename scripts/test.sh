@@ -66,7 +66,7 @@ cpp_build() {
 cpp_run() {
   local name=$1
   shift
-  "${prefix[@]}" ctest --test-dir "build/$name" -j "$jobs" --no-tests=error --timeout 600 --output-on-failure \
+  "${prefix[@]}" ctest --test-dir "build/$name" -j "$jobs" --no-tests=error --timeout 1500 --output-on-failure \
     --test-output-size-passed 1000000 --output-junit "$results/ctest-$name.xml" "$@" >"$results/ctest-$name.log" 2>&1
   local code=$?
   if ((code)); then tail -n 60 "$results/ctest-$name.log"; else grep -E 'tests passed|Skipped' "$results/ctest-$name.log"; fi
