@@ -95,7 +95,8 @@ KernelBench::KernelBench(const PackedLayout& layout, int64_t k, int max_rows, in
   KT_CHECK(reference_ != nullptr,
            "kernels.inc has no reference row for " << format_name(layout.format) << ".");
   const size_t outputs = static_cast<size_t>(max_rows) * kPanelColumns;
-  c_.resize(outputs);
+  c_arena_ = NumaArena(outputs * sizeof(float), -1);
+  c_ = reinterpret_cast<float*>(c_arena_.data());
   expected_.resize(outputs);
   panels_ = NumaArena(static_cast<size_t>(num_panels_ * panel_bytes_), -1);
   expanded_ = NumaArena(static_cast<size_t>(expanded_bytes(k, layout.num_groups(k))), -1);
@@ -235,12 +236,12 @@ bool KernelBench::matches(const std::string& name, int m) {
   const ReleasedTiles released;
   const GemmKernel& kernel = find(name, m);
   const int64_t index = std::min<int64_t>(3, num_panels_ - 1);
-  std::fill(c_.begin(), c_.end(), NAN);
-  multiply(kernel, m, index, c_.data());
+  std::fill_n(c_, expected_.size(), NAN);
+  multiply(kernel, m, index, c_);
   multiply(*reference_, m, index, expected_.data());
   const size_t count = static_cast<size_t>(m) * kPanelColumns;
   if (!kernel.rounds()) {
-    return std::memcmp(c_.data(), expected_.data(), count * sizeof(float)) == 0;
+    return std::memcmp(c_, expected_.data(), count * sizeof(float)) == 0;
   }
   const double bound = rounding_bound(kernel);
   for (size_t i = 0; i < count; ++i) {
@@ -267,9 +268,9 @@ double KernelBench::rounding_bound(const GemmKernel& kernel) const {
 }
 
 int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {
-  multiply(kernel, m, 0, c_.data());
+  multiply(kernel, m, 0, c_);
   const double start = thread_seconds();
-  multiply(kernel, m, 0, c_.data());
+  multiply(kernel, m, 0, c_);
   const double seconds = std::max(thread_seconds() - start, 1e-7);
   const int64_t most = std::min(num_panels_, ceil_div(kStretchBytes, panel_bytes_));
   return std::clamp<int64_t>(static_cast<int64_t>(kStretchSeconds / seconds), 1, most);
@@ -289,7 +290,7 @@ double KernelBench::stream_rate(const std::string& name, int m) {
   const int64_t panels = panels_of_a_stretch(kernel, m);
   const int64_t begin = next_stretch(panels);
   const double start = thread_seconds();
-  for (int64_t i = 0; i < panels; ++i) multiply(kernel, m, begin + i, c_.data());
+  for (int64_t i = 0; i < panels; ++i) multiply(kernel, m, begin + i, c_);
   return static_cast<double>(panels * panel_bytes_) / (thread_seconds() - start);
 }
 
@@ -298,7 +299,7 @@ double KernelBench::hot_rate(const std::string& name, int m) {
   const GemmKernel& kernel = find(name, m);
   const int64_t repeats = panels_of_a_stretch(kernel, m);
   const double start = thread_seconds();
-  for (int64_t i = 0; i < repeats; ++i) multiply(kernel, m, 0, c_.data());
+  for (int64_t i = 0; i < repeats; ++i) multiply(kernel, m, 0, c_);
   const double seconds = thread_seconds() - start;
   return static_cast<double>(repeats * 2 * kPanelColumns * k_ * m) / seconds;
 }

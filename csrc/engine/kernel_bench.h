@@ -88,7 +88,9 @@ class KernelBench {
   NumaArena expanded_;
   Activations a_;
   std::deque<Packed> packed_;
-  std::vector<float> c_, expected_;  // [max_rows, 64]
+  float* c_ = nullptr;  // [max_rows, 64] fp32 in:
+  NumaArena c_arena_;   // on lines of a cache as a worker's tile is: else each store meets two
+  std::vector<float> expected_;  // the same
   int64_t cursor_ = 0;               // the panel where the next stretch begins
 };
 
