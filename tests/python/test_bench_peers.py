@@ -416,3 +416,14 @@ def test_systems_of_our_own_interpreter_need_no_installation(tmp_path):
     install.install(DOUBLE, tmp_path)
     assert install.interpreter(DOUBLE, tmp_path) == Path(sys.executable)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("bits", [(4,), (8,), (16,), (4, 8), (4, 8, 16)])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("peer", catalog.PEERS.values(), ids=lambda peer: peer.name)
+def test_every_product_of_a_peer_has_a_format_of_ours(peer: catalog.System, given: bool, bits: tuple[int, ...]) -> None:
+    compared = [kind for kind in peer.formats if kind.bits in bits]
+    needed = rounds.formats_needed(catalog.ours(peer.tier, given=given), bits, compared)
+    assert {kind.bf16_peak for kind in compared} <= {kind.bf16_peak for kind in needed}
+    assert set(bits) <= {kind.bits for kind in needed}
+    assert len({kind.name for kind in needed}) == len(needed)

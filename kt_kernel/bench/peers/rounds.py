@@ -76,6 +76,19 @@ def repeats_of(tokens: int) -> int:
     return next(count for most, count in REPEATS if tokens <= most)
 
 
+def formats_needed(own: System, bits: Sequence[int], compared: Sequence[Format]) -> list[Format]:
+    """Our formats of these bits, and one for each other kind of product of the peers' formats.
+
+    A peer's format is held against our peak of the products it computes with: an 8-bit one may multiply in bf16, and
+    integers may be compared where ours of as many bits are fp8.
+    """
+    needed = [kind for kind in own.formats if kind.bits in bits]
+    for product in (False, True):
+        if any(kind.bf16_peak == product for kind in compared) and all(kind.bf16_peak != product for kind in needed):
+            needed += [kind for kind in own.formats if kind.bf16_peak == product][:1]
+    return needed
+
+
 class Comparison:
     """All processes of one thread count; a context manager, for they must end."""
 
@@ -127,10 +140,8 @@ class Comparison:
             own = ours(tier, given=self.given)
             compared = [kind for peer in self.peers if peer.tier == tier for kind in self.wanted(peer)]
             self.start(own)
-            for kind in own.formats:
-                # a peer's 8-bit format may multiply in bf16: its peak is measured with our bf16 layer
-                if kind.bits in self.bits or (kind.bf16_peak and any(other.bf16_peak for other in compared)):
-                    self.load_format(own, kind)
+            for kind in formats_needed(own, self.bits, compared):
+                self.load_format(own, kind)
         for peer in self.peers:
             kinds = self.wanted(peer)
             if not kinds:
