@@ -37,7 +37,7 @@ class CheckpointSource:
 
     def __init__(self, folder: Path, method: Method) -> None:
         self.folder = folder
-        self.checkpoint: SourceReader = open_checkpoint(folder, method.name)
+        self.checkpoint: SourceReader = open_checkpoint(folder, method.alias or method.name)
         self._method = method
         self._kept: dict[int, Layouts] = {}
         self._rounded = _RoundingCount()

@@ -115,7 +115,7 @@ class PackedSource:
         self.packed.close()
 
 
-_sources: dict[tuple[str, str], tuple[tuple, ExpertSource]] = {}
+_sources: dict[tuple[str, Method], tuple[tuple, ExpertSource]] = {}
 _sources_lock = threading.Lock()
 
 
@@ -149,7 +149,7 @@ def open_source(weight_path: str | Path, method: Method) -> ExpertSource:
         What is wrong with it and what would be right, in one sentence.
     """
     folder = resolve_folder(weight_path)
-    key = (str(folder.resolve()), method.name)
+    key = (str(folder.resolve()), method)
     with _sources_lock:
         fingerprint = _fingerprint(folder)
         cached = _sources.get(key)

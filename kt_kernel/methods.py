@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Method:
     sources : tuple of str
         The kinds of sources (:func:`source_kind`) whose codes are kept, in a layout that each source decides.
     formats : tuple of str
-        The weight formats (``csrc/base/weight_format.h``) that those of a method without `packed` are kept in.
+        The weight formats (``csrc/base/weight_format.h``) that the codes of `sources` are kept in.
+    alias : str
+        The name in :data:`ALIASES` it was asked for by; empty: its own.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Method:
     packed: str = ""
     sources: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    alias: str = ""
 
     @property
     def layout(self) -> str:
@@ -160,7 +163,7 @@ METHODS: dict[str, Method] = {
 }
 # Those that pack weights of any float type, and whatever can be decoded to one.
 FLOAT_METHODS = {name: method for name, method in METHODS.items() if method.packed}
-# Other names for the same.
+# Other names for the same, but for files that kt-kernel converted: its kernels of these names pack weights otherwise.
 ALIASES = {"MOE_INT4": "AMXINT4", "MOE_INT8": "AMXINT8"}
 
 _REFUSED = {
@@ -205,7 +208,7 @@ def get_method(name: str | None) -> Method:
         name = "AMXINT4"
     method = METHODS.get(ALIASES.get(name, name))
     if method is not None:
-        return method
+        return replace(method, alias=name) if name in ALIASES else method
     if name in _REFUSED:
         raise ValueError(f"method {name} {_REFUSED[name]}.")
     raise ValueError(f"method {name!r} is unknown; kt_kernel supports {', '.join((*METHODS, *ALIASES))}.")

@@ -68,15 +68,15 @@ class KtFolder:
     has none, so there they are told from the files, with ``top_k`` 0 and ``model_type`` unknown. The number of NUMA
     parts says how the files were cut, and nothing of where they can be used.
 
-    In safetensors, weights of MOE_INT4 and MOE_INT8 have the names and sizes of AMXINT4 and AMXINT8: no reader can tell
-    them apart.
+    In safetensors, weights of MOE_INT4 and MOE_INT8 have the names and sizes of AMXINT4 and AMXINT8, in another order:
+    no reader can tell them apart, so who asks for these methods is refused.
 
     Parameters
     ----------
     folder : str or Path
         For which :func:`is_kt_folder` holds.
     method : str
-        The method asked for; must be that of the files.
+        The method asked for, by the name that the caller gave; must be that of the files.
 
     Raises
     ------
@@ -91,6 +91,12 @@ class KtFolder:
         self._config = model_sizes(self.folder) if has_config else None
         self._layers: dict[int, dict[_Key, _Place]] = {}
         self._index_tensors()
+        if self._layers and method.startswith("MOE_"):
+            raise ValueError(
+                f"{self.folder} holds experts that kt-kernel converted, and what it converts for {method} is in an "
+                f"order of bytes that kt_kernel does not read; give the original checkpoint, or convert that with "
+                f"scripts/convert_cpu_weights.py."
+            )
         if not self._layers:
             self._index_files(method)
         if not self._layers:

@@ -18,6 +18,8 @@ from kt_files import Case
 from safetensors.torch import save_file
 
 from kt_kernel.checkpoint.kt_folder import KtFolder, is_kt_folder
+from kt_kernel.loader import open_source
+from kt_kernel.methods import get_method
 
 TREES = Path(__file__).resolve().parents[1] / "data/formats/kt"
 # method, NUMA parts, experts, hidden size, intermediate size, layer
@@ -206,6 +208,20 @@ def test_files_of_the_other_kernels_are_refused_by_name(tmp_path: Path, method: 
     for asked in ("AMXINT8", method):
         with pytest.raises(ValueError, match=f"was converted for {method} .file _layer_0/_numa_0/{method}_down_0_"):
             KtFolder(folder, asked)
+
+
+@pytest.mark.parametrize("method", ["MOE_INT4", "MOE_INT8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_names_of_the_other_kernels_never_open_converted_experts(tmp_path: Path, form: str, method: str) -> None:
+    case = next(case for case in CASES if method.endswith(case.method))
+    folder = write(form, tmp_path, case)
+    assert open_source(folder, get_method(method_of(case))).layouts(case.layer)
+    words = {
+        "tree": f"was converted for method {method_of(case)}, but method {method} was asked for; give --kt-method",
+        "merged": f"what it converts for {method} is in an order of bytes that kt_kernel does not read; give the orig",
+    }
+    with pytest.raises(ValueError, match=words[form]):
+        open_source(folder, get_method(method))
 
 
 def test_awq_of_the_converter_is_refused_by_name(tmp_path: Path) -> None:
