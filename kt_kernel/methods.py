@@ -157,6 +157,7 @@ METHODS: dict[str, Method] = {
                 "int2km",
                 "iq4h",
                 "iq4k",
+                "fp4",
             ),  # fmt: skip
         ),
     )

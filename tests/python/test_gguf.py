@@ -23,6 +23,8 @@ from test_tree import ROOT
 from kt_kernel.checkpoint import expert_weights, open_checkpoint, resolve_folder
 from kt_kernel.checkpoint.gguf import READABLE_TYPES, GgufCheckpoint, is_gguf
 from kt_kernel.checkpoint.gguf_header import read_header
+from kt_kernel.loader import open_source
+from kt_kernel.methods import METHODS, weight_dtype_of
 from kt_kernel.packed_folder import is_packed_folder
 
 GOLDEN = ROOT / "tests/data/formats/gguf"
@@ -80,6 +82,13 @@ def test_golden_files_decode_to_what_the_package_says(name: str) -> None:
                 source, (blocks,) = checkpoint.source(layer, expert, projection)
                 values = dequantize(blocks.numpy(), GGMLQuantizationType[source.removeprefix("gguf:")])
                 assert np.array_equal(found.numpy(), values)
+
+
+@pytest.mark.parametrize("kind", READABLE_TYPES)
+def test_the_method_names_every_format_that_types_are_kept_in(tmp_path: Path, kind: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {0: random_layer(kind, hidden=256, inter=256)}, sizes_of(2, 256, 256, 1))
+    kept = {weight_dtype_of(layout) for layout in open_source(path, METHODS["LLAMAFILE"]).layouts(0)}
+    assert kept <= ({"bf16"} if kind in ("BF16", "F16", "F32") else set(METHODS["LLAMAFILE"].formats))
 
 
 def test_golden_files_are_what_their_script_writes(tmp_path: Path) -> None:
