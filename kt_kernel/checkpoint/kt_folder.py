@@ -298,10 +298,6 @@ class KtFolder:
         """Files that hold experts of a layer, relative to the folder, ascending."""
         return sorted({place.file for place in self._layers[layer].values()})
 
-    def dtypes(self) -> set[str]:
-        """The type of the codes: ``INT4`` or ``INT8``."""
-        return {f"INT{self._bits}"}
-
     def expert_bytes(self, layer: int) -> int:
         """Bytes one expert of a layer takes in the files."""
         return sum(self._wanted_bytes(key) for key in self._layers[layer] if key.expert == 0)
@@ -323,7 +319,7 @@ class KtFolder:
             found, wanted = self._num_bytes(place), self._wanted_bytes(key)
             if found != wanted:
                 raise ValueError(
-                    f"{place.name} of {self.folder} has {found} bytes, but {self.dtypes().pop()} of hidden size "
+                    f"{place.name} of {self.folder} has {found} bytes, but INT{self._bits} of hidden size "
                     f"{self.sizes.hidden_size} and intermediate size {self.sizes.intermediate_size} in "
                     f"{self.num_parts} NUMA parts means {wanted}; copy or convert it again."
                 )

@@ -168,15 +168,6 @@ class Checkpoint:
         """Names of the files that hold experts of a layer, ascending."""
         return sorted({place.file for parts in self._layers[layer].values() for place in parts.values()})
 
-    def dtypes(self, layer: int) -> set[str]:
-        """Types of the weights of a layer, as safetensors writes them: ``BF16``, ``F8_E4M3``."""
-        stored = self._storage(layer)
-        return {
-            self._header(parts[name]).type
-            for (_, projection), parts in self._layers[layer].items()
-            if (name := ENCODINGS[stored[projection].encoding].parts[0].find(parts))
-        }
-
     def describe(self) -> str:
         """What the experts are, in words: ``"MXFP4 weights"``."""
         stored = self._storage(self.typical_layer)
