@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert the experts of a Hugging Face checkpoint for CPU execution by kt_kernel. A killed "
         "conversion goes on where it stopped when the same command is started again.",
     )
-    parser.add_argument("--input-path", "-i", help="folder of the checkpoint, or a Hugging Face model id")
+    parser.add_argument("--input-path", "-i", help="folder of the checkpoint, a GGUF file, or a Hugging Face model id")
     parser.add_argument(
         "--input-type",
         choices=_INPUT_TYPES,

@@ -63,7 +63,7 @@ class ConvertOptions:
     Attributes
     ----------
     input_path : str
-        Folder of a Hugging Face checkpoint or of GGUF files, or a model id.
+        Folder of a Hugging Face checkpoint or of GGUF files, a GGUF file, or a model id.
     output : Path
         Folder to write; empty, or begun by the same conversion.
     method : Method
@@ -125,8 +125,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
     """
     source = open_checkpoint(resolve_folder(options.input_path), options.method.name)
     layout = options.method.layout_with_group(options.group_size)
-    if options.output.exists() and options.output.resolve() == source.folder.resolve():
-        raise ValueError(f"output {options.output} is the checkpoint itself; give another folder.")
+    if options.output.exists() and options.output.resolve() == source.root.resolve():
+        raise ValueError(f"output {options.output} is the folder of the checkpoint; give another one.")
     _check_sizes(source, layout)
     num_experts = source.sizes.num_experts
     layer_bytes = {}
@@ -220,7 +220,7 @@ def _describe(source: SourceReader, options: ConvertOptions, layout: str) -> Pac
             "num_hidden_layers": sizes.num_hidden_layers,
         },
         moe_layers=source.layers,
-        source_bytes={file: (source.folder / file).stat().st_size for file in files},
+        source_bytes={file: (source.root / file).stat().st_size for file in files},
         config_sha256=_config_sha256(source.folder),
     )
 
@@ -323,7 +323,7 @@ class _SourceFiles:
         self._stopped = False
 
     def _stat(self, file: str) -> tuple[int, int]:
-        status = (self._source.folder / file).stat()
+        status = (self._source.root / file).stat()
         return status.st_size, status.st_mtime_ns
 
     def _check_unchanged(self, file: str, found: tuple[int, int]) -> None:
@@ -332,7 +332,7 @@ class _SourceFiles:
 
     def _changed(self, file: str) -> ValueError:
         return ValueError(
-            f"{self._source.folder / file} has changed since {self._writer.folder} was begun; give another output "
+            f"{self._source.root / file} has changed since {self._writer.folder} was begun; give another output "
             f"folder, or delete this one."
         )
 
@@ -403,7 +403,7 @@ class _SourceFiles:
 
     def _hash(self, file: str, progress: Callable[[int], None] = lambda num_bytes: None) -> str | None:
         digest = hashlib.sha256()
-        with open(self._source.folder / file, "rb") as data:
+        with open(self._source.root / file, "rb") as data:
             while chunk := data.read(_HASH_CHUNK):
                 if self._stopped:
                     return None

@@ -59,6 +59,7 @@ class GgufCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
+        self.root = self.folder if self.folder.is_dir() else self.folder.parent
         headers = _model_headers(self.folder)
         self.sizes = _model_sizes(headers[0])
         self._layers: dict[int, dict[str, _Place]] = {}

@@ -85,7 +85,7 @@ class KtFolder:
     """
 
     def __init__(self, folder: str | Path, method: str) -> None:
-        self.folder = Path(folder)
+        self.folder = self.root = Path(folder)
         self._files = OpenFiles(self.folder)
         has_config = (self.folder / "config.json").exists()
         self._config = model_sizes(self.folder) if has_config else None

@@ -61,7 +61,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.root = Path(folder)
         self.sizes = model_sizes(self.folder)
         self.quantization = read_quantization(self.folder)
         self._files = OpenFiles(self.folder)

@@ -28,7 +28,8 @@ PROJECTIONS = ExpertWeights._fields
 class SourceReader(Protocol):
     """Experts in files, indexed by layer; each matrix is a source and its parts (``csrc/format/source.h``)."""
 
-    folder: Path
+    folder: Path  # what was opened: a folder or a file
+    root: Path  # folder that the names of files() begin in
     sizes: ModelSizes
 
     @property

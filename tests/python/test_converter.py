@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from safetensors.torch import save_file
 
 import kt_kernel
 from kt_kernel import converter, packed_writer
+from kt_kernel.checkpoint import expert_weights, open_checkpoint
 from kt_kernel.config import usable_cpus
 from kt_kernel.convert_command import main
 from kt_kernel.methods import METHODS
-from kt_kernel.packed_folder import read_manifest, verify
+from kt_kernel.packed_folder import PackedFolder, read_manifest, verify
 
+GGUF = Path(__file__).resolve().parents[1] / "data/formats/gguf"
 E, H, INNER = 4, 64, 48
 # Three experts of AMXINT4 to a file, one of the other methods.
 SHARD_BYTES = 21_000
@@ -120,6 +123,27 @@ def test_other_float_types(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read_manifest(tmp_path / "o")["input_type"] == name
 
 
+@pytest.mark.parametrize("name", ["k_blocks", "mixture-*"])
+def test_gguf_is_converted_by_its_folder_by_a_file_and_by_any_split(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    files = [Path(shutil.copy(file, folder)) for file in sorted(GGUF.glob(f"{name}.gguf"))]
+    found = []
+    for given in (folder, *files):
+        output = tmp_path / f"from-{given.name}"
+        for _ in range(2):  # the second looks at the files and leaves all as it is
+            assert run(given, output, input_type="gguf") == 0
+            found.append(contents(output))
+    assert all(each == found[0] for each in found)
+    checkpoint, packed = open_checkpoint(folder, "AMXINT4"), PackedFolder(output)
+    for layer in checkpoint.layers:
+        for expert in range(checkpoint.sizes.num_experts):
+            gate, up, down = expert_weights(checkpoint, layer, expert)
+            w13, w2 = packed.expert(layer, expert)
+            assert torch.equal(w13, torch.ops.kt_kernel.quantize_pack_w13(gate, up, packed.layout)[0])
+            assert torch.equal(w2, torch.ops.kt_kernel.quantize_pack(down, packed.layout)[0])
+
+
 def test_layers_beyond_the_model_are_not_converted(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,7 +201,7 @@ def test_missing_flags_and_the_source_as_output(source: Path, caplog: pytest.Log
     assert "--input-path and --input-type and --output must be given" in caplog.text
     before = contents(source)
     assert run(source, source) == 1
-    assert "is the checkpoint itself" in caplog.text and contents(source) == before
+    assert "is the folder of the checkpoint; give another" in caplog.text and contents(source) == before
 
 
 def test_an_output_that_cannot_be_a_folder_is_named(
