@@ -16,6 +16,7 @@ from kt_kernel.checkpoint import (
     SourceReader,
     describe_layers,
     expert_weights,
+    is_kt_folder,
     open_checkpoint,
     resolve_folder,
 )
@@ -123,7 +124,13 @@ def convert(options: ConvertOptions) -> ConvertResult:
     OSError
         The disk is full or fails; one sentence, finished layers stay.
     """
-    source = open_checkpoint(resolve_folder(options.input_path), options.method.name)
+    folder = resolve_folder(options.input_path)
+    if is_kt_folder(folder):
+        raise ValueError(
+            f"{folder} holds experts that kt-kernel converted, which are not converted again; serve AMXINT4 and "
+            f"AMXINT8 as they are, or give the original checkpoint."
+        )
+    source = open_checkpoint(folder, options.method.name)
     layout = options.method.layout_with_group(options.group_size)
     if options.output.exists() and options.output.resolve() == source.root.resolve():
         raise ValueError(f"output {options.output} is the folder of the checkpoint; give another one.")
@@ -235,8 +242,6 @@ def _input_type(source: SourceReader) -> str:
     """What the experts are, in the words of --input-type; several where gate, up and down differ."""
     layer = source.typical_layer
     kinds = {source_kind(source.source(layer, 0, projection)[0]) for projection in ("gate", "up", "down")}
-    if any(kind.startswith("kt_") for kind in kinds):
-        raise ValueError(f"{source.folder} holds {source.describe()}; serve them as they are.")
     source.close()
     return "+".join(sorted({INPUT_TYPES.get(kind, kind) for kind in kinds}))
 

@@ -1,6 +1,7 @@
 """Checkpoints: which tensors are experts in every supported model family, and how they are encoded."""
 
 from kt_kernel.checkpoint.encodings import FLOAT_SOURCES
+from kt_kernel.checkpoint.kt_folder import is_kt_folder
 from kt_kernel.checkpoint.model_folder import (
     ModelSizes,
     describe_layers,
@@ -31,6 +32,7 @@ __all__ = [
     "describe_layers",
     "expert_weights",
     "is_float",
+    "is_kt_folder",
     "matrix_shape",
     "matrix_weights",
     "model_activation",

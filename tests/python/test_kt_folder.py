@@ -18,6 +18,7 @@ from kt_files import Case
 from safetensors.torch import save_file
 
 from kt_kernel.checkpoint.kt_folder import KtFolder, is_kt_folder
+from kt_kernel.convert_command import main
 from kt_kernel.loader import open_source
 from kt_kernel.methods import get_method
 
@@ -196,6 +197,18 @@ def test_another_method_is_refused_by_name(tmp_path: Path, form: str, asked: str
         ValueError, match=rf"converted for method AMXINT8, but method {asked} was asked for; give --kt-"
     ):
         KtFolder(folder, asked)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_not_converted_again(tmp_path: Path, form: str, quant: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder, output = write(form, tmp_path / "kt", SMALL), tmp_path / "o"
+    assert main(["-i", str(folder), "--input-type", "auto", "-o", str(output), "--quant-method", quant]) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} holds experts that kt-kernel converted, which are not converted again; serve AMXINT4 and AMXINT8 as "
+        f"they are, or give the original checkpoint."
+    ]
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("method", ["MOE_INT4", "MOE_INT8"])
