@@ -39,7 +39,7 @@ class CheckpointSource:
         self.folder = folder
         self.checkpoint: SourceReader = open_checkpoint(folder, method.alias or method.name)
         self._method = method
-        self._kept: dict[int, Layouts] = {}
+        self._layouts: dict[int, Layouts] = {}
         self._rounded = _RoundingCount()
         typical = self.checkpoint.typical_layer
         self.checkpoint.check_layer(typical)
@@ -60,13 +60,16 @@ class CheckpointSource:
         )
 
     def layouts(self, layer: int) -> Layouts:
-        if not self._keeps:
-            return self._method.layout, self._method.layout
-        if layer not in self._kept:
+        if layer not in self._layouts:
+            # here, because the layouts of all layers are asked for before the first is packed
             self.checkpoint.check_layer(layer)
-            self._kept[layer] = self._kept_layout(layer, "gate", "up"), self._kept_layout(layer, "down")
+            if self._keeps:
+                pair = self._kept_layout(layer, "gate", "up"), self._kept_layout(layer, "down")
+            else:
+                pair = self._method.layout, self._method.layout
+            self._layouts[layer] = pair
             self.checkpoint.close()
-        return self._kept[layer]
+        return self._layouts[layer]
 
     def _kept_layout(self, layer: int, *projections: str) -> str:
         """The layout of the codes of gate and up, or of down; bf16 for floats, and for two that differ."""

@@ -15,6 +15,7 @@ from wrapper_cases import INNER, E, H, K, batch, loaded, make
 
 from kt_kernel.checkpoint import Checkpoint, expert_weights
 from kt_kernel.convert_command import main
+from kt_kernel.integrations.sglang.checks import expert_source
 from kt_kernel.loader import open_source
 from kt_kernel.methods import FLOAT_METHODS, get_method, weight_dtype_of
 from kt_kernel.packed_folder import PackedFolder, read_manifest
@@ -118,6 +119,20 @@ def test_layers_left_unquantized_are_bf16_beside_kept_codes(tmp_path: Path) -> N
     inputs = batch(9)
     wrapper = from_folder(tmp_path, "FP8", layer_idx=0)
     assert torch.equal(wrapper.forward(*inputs), loaded(plain, "BF16").forward(*inputs))
+
+
+@pytest.mark.parametrize("method", ["FP8", *FLOAT_METHODS])
+def test_damage_in_any_layer_is_found_before_the_first_is_packed(tmp_path: Path, method: str) -> None:
+    quantizer = QUANTIZERS["fp8"]
+    experts = quantized_layer(quantizer.make, *SIZES)
+    tensors = {}
+    for layer in range(3):
+        tensors |= single_names(experts, prefix=f"model.layers.{layer}.")
+    name = "model.layers.2.mlp.experts.5.down_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    write_folder(tmp_path, tensors, quantizer.config, num_layers=3, sizes=SIZES)
+    with pytest.raises(ValueError, match=rf"--kt-weight-path: tensor {name} has shape \[{H - 1}, {INNER}\]"):
+        expert_source(str(tmp_path), method)
 
 
 def test_tensors_are_not_for_methods_that_keep_codes() -> None:
