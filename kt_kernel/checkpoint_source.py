@@ -10,6 +10,7 @@ import torch
 
 from kt_kernel.checkpoint import (
     FLOAT_SOURCES,
+    ModelSizes,
     SourceReader,
     expert_weights,
     is_float,
@@ -89,8 +90,9 @@ class CheckpointSource:
             name = self.checkpoint.tensor_name(layer, 0, projections[0])
             raise ValueError(f"{name} of {self.folder} cannot be kept as it is: {error}") from error
 
-    def num_experts(self) -> int:
-        return self.checkpoint.sizes.num_experts
+    @property
+    def sizes(self) -> ModelSizes:
+        return self.checkpoint.sizes
 
     def check(self, config: MoEConfig) -> None:
         sizes = self.checkpoint.sizes

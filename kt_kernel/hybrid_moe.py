@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kt_kernel import loader
-from kt_kernel.activations import SILU
-from kt_kernel.checkpoint import model_activation, model_sizes, resolve_folder
+from kt_kernel.activations import SILU, Activation
+from kt_kernel.checkpoint import model_activation, resolve_folder
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.device_experts import device_experts
 from kt_kernel.experts import CpuExperts, Layouts
@@ -173,37 +173,53 @@ class HybridMoE(nn.Module):
         return module
 
     @classmethod
-    def from_path(cls, weight_path: str | Path, layer_idx: int, **options: Any) -> HybridMoE:
+    def from_path(
+        cls,
+        weight_path: str | Path,
+        layer_idx: int,
+        *,
+        top_k: int | None = None,
+        activation: Activation | None = None,
+        **options: Any,
+    ) -> HybridMoE:
         """Make a layer from a checkpoint, or from a folder of converted experts, whose method is the default.
 
         Parameters
         ----------
         weight_path : str or Path
-            Folder or Hugging Face model id. From converted experts, those on the device are what their codes stand for.
+            Folder or Hugging Face model id, or a GGUF file. Experts on the device are what the codes of the files stand
+            for.
         layer_idx : int
             MoE layer of the model, dense layers counted.
+        top_k : int, optional
+            Experts a token is sent to; None: what the files say, which ``.kt`` files do not.
+        activation : Activation, optional
+            None: that of config.json. Must be given where there is none, as beside GGUF files.
         **options
             Those of the constructor.
 
         Raises
         ------
         ValueError
-            A folder or layer that does not fit; one sentence.
+            A folder or layer that does not fit, or one that does not say what the model is; one sentence.
         """
         folder = resolve_folder(weight_path)
         if is_packed_folder(folder):
             found = read_manifest(folder)["method"]
             method = options.setdefault("method", found)
-            if method != found:
+            if get_method(method).name != found:
                 raise ValueError(
                     f"{folder} was converted for method {found}, but method {method} was asked for; pass "
                     f'method="{found}" or convert again.'
                 )
-        sizes, activation = model_sizes(folder), model_activation(folder, layer_idx)
-        config = MoEConfig(
-            layer_idx, sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size, activation
-        )
         source = loader.open_source(weight_path, get_method(options.setdefault("method", "BF16")))
+        sizes = source.sizes
+        top_k = sizes.top_k if top_k is None else top_k
+        if not top_k:
+            raise ValueError(f"{folder} does not say how many experts a token is sent to; pass top_k.")
+        if activation is None:
+            activation = _activation_of(folder, layer_idx)
+        config = MoEConfig(layer_idx, sizes.num_experts, top_k, sizes.hidden_size, sizes.intermediate_size, activation)
         source.check(config)
         biases = [source.biases(layer_idx, expert) for expert in range(sizes.num_experts)]
         module = cls(config, has_biases=biases[0] is not None, **options)
@@ -424,6 +440,16 @@ class HybridMoE(nn.Module):
             f"intermediate_size={sizes.intermediate_size}, device_experts={self.num_device_experts}, "
             f"cpu_method={self.wrapper.method}"
         )
+
+
+def _activation_of(folder: Path, layer: int) -> Activation:
+    """That of config.json; silu is no guess to make for what does not say it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json, which would name the activation of its experts; pass activation, for silu "
+            f"kt_kernel.activations.Activation()."
+        )
+    return model_activation(folder, layer)
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from kt_kernel.checkpoint import resolve_folder
+from kt_kernel.checkpoint import ModelSizes, resolve_folder
 from kt_kernel.checkpoint_source import CheckpointSource
 from kt_kernel.config import MoEConfig
 from kt_kernel.experts import CpuExperts, Layouts, packed_bytes
@@ -33,8 +33,9 @@ class ExpertSource(Protocol):
     def layouts(self, layer: int) -> Layouts:
         """Packed layouts of w13 and w2 of a layer."""
 
-    def num_experts(self) -> int:
-        """Logical experts of the model."""
+    @property
+    def sizes(self) -> ModelSizes:
+        """Sizes of the model's experts; ``top_k`` is 0 where the files do not say it."""
 
     def check(self, config: MoEConfig) -> None:
         """Refuse, with one sentence, a model that this source does not fit."""
@@ -76,8 +77,10 @@ class PackedSource:
     def layouts(self, layer: int) -> Layouts:
         return self._layout, self._layout
 
-    def num_experts(self) -> int:
-        return self.packed.model["num_experts"]
+    @property
+    def sizes(self) -> ModelSizes:
+        names = ("num_experts", "top_k", "hidden_size", "intermediate_size")
+        return ModelSizes("unknown", *(self.packed.model[name] for name in names), num_hidden_layers=None)
 
     def check(self, config: MoEConfig) -> None:
         w13_bytes, w2_bytes = packed_bytes(

@@ -190,7 +190,7 @@ class KTMoEWrapper:
         source = loader.open_source(Path(self.weight_path), self._method)
         source.check(self.config)
         order = checks.expert_order(
-            physical_to_logical_map, num_slots=self.num_experts, num_logical=source.num_experts()
+            physical_to_logical_map, num_slots=self.num_experts, num_logical=source.sizes.num_experts
         )
         experts = self._new_experts(source.layouts(self.layer_idx), may_grow=True)
         loader.load_layer(experts, source, order)

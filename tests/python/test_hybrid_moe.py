@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import kt_files
 import pytest
 import torch
 from checkpoints import Experts, random_experts, write_checkpoint
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf_files import random_biases, random_layer, sizes_of, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BOUNDS, moe_reference, relative_error
 from wrapper_cases import INNER, METHOD_NAMES, E, H, K, batch
+from wrapper_cases import make as make_wrapper
 
 from kt_kernel import HybridMoE
 from kt_kernel.activations import Activation
@@ -136,6 +142,72 @@ def test_a_path_gives_the_same_layer(tmp_path: Path, experts: Experts, converted
             HybridMoE.from_path(folder, 1, method="BF16", engine=ENGINE)
         assert "--" not in str(error.value)
         assert HybridMoE.from_path(folder, 1, engine=ENGINE).wrapper.method == method
+
+
+def gguf_file(folder: Path) -> tuple[Path, list[torch.Tensor], list[torch.Tensor]]:
+    """A GGUF file of layer 1, and what it means: weights and biases of gate, up and down of all experts."""
+    layer = random_layer("Q8_0", num_experts=E, hidden=H, inter=INNER)
+    biases = random_biases(layer, "F32")
+    path = write_gguf(folder / "model.gguf", {1: layer}, sizes_of(E, H, INNER, 2), biases={1: biases})
+    weights = [dequantize(rows, GGMLQuantizationType[kind]) for kind, rows in layer.values()]
+    vectors = [rows.view("f4") for _, rows in biases.values()]
+    return path, list(map(torch.from_numpy, weights)), list(map(torch.from_numpy, vectors))
+
+
+@pytest.mark.parametrize("on_device", [0, 3])
+@pytest.mark.parametrize("method", ["LLAMAFILE", "AMXINT8", "BF16"])
+def test_a_gguf_file_gives_the_same_layer(tmp_path: Path, method: str, on_device: int) -> None:
+    path, weights, biases = gguf_file(tmp_path)
+    options = {"method": method, "num_gpu_experts": on_device, "engine": ENGINE}
+    with pytest.raises(ValueError, match="model.gguf has no config.json, which would name the activation .*pass activ"):
+        HybridMoE.from_path(path, 1, **options)
+    act = Activation("silu", 7.0, 1.702)
+    module = HybridMoE.from_path(path, 1, activation=act, **options)
+    assert module.config == MoEConfig(1, E, K, H, INNER, act)
+    hidden, ids, shares = batch(9)
+    wanted = moe_reference(hidden, ids, shares, *weights, act=act, biases=tuple(biases))
+    assert relative_error(module(hidden, ids, shares), wanted) < BOUNDS["BF16" if method == "BF16" else "AMXINT8"]
+    with pytest.raises(ValueError, match="no experts in layer 0"):
+        HybridMoE.from_path(path, 0, activation=act, **options)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu"}))
+    assert HybridMoE.from_path(tmp_path, 1, **options).config.activation == Activation("gelu")
+
+
+def kt_tree(folder: Path) -> Path:
+    """Experts that kt-kernel converted for two NUMA nodes, without the config.json of the model."""
+    for name, contents in kt_files.tree_files(kt_files.Case("INT8", 2, E, H, 128)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents)
+    return folder
+
+
+def test_a_kt_tree_gives_the_same_layer(tmp_path: Path) -> None:
+    folder = kt_tree(tmp_path)
+    options = {"method": "AMXINT8", "engine": ENGINE}
+    with pytest.raises(ValueError, match="does not say how many experts a token is sent to; pass top_k"):
+        HybridMoE.from_path(folder, 0, activation=Activation(), **options)
+    with pytest.raises(ValueError, match="has no config.json"):
+        HybridMoE.from_path(folder, 0, top_k=K, **options)
+    options |= {"top_k": K, "activation": Activation()}
+    module = HybridMoE.from_path(folder, 0, **options)
+    assert module.config == MoEConfig(0, E, K, H, 128)
+    wrapper = make_wrapper("AMXINT8", layer_idx=0, moe_intermediate_size=128, weight_path=str(folder))
+    wrapper.load_weights()
+    inputs = batch(9)
+    found = module(*inputs)
+    assert torch.equal(found, wrapper.forward(*inputs))
+    mixed = HybridMoE.from_path(folder, 0, num_gpu_experts=3, **options)(*inputs)
+    assert relative_error(mixed, found) < BOUNDS["AMXINT8"]
+
+
+def test_experts_converted_from_gguf_say_their_sizes(tmp_path: Path) -> None:
+    layer = random_layer("Q8_0", num_experts=E, hidden=H, inter=INNER)
+    path = write_gguf(tmp_path / "model.gguf", {1: layer}, sizes_of(E, H, INNER, 2))
+    convert(ConvertOptions(str(path), tmp_path / "packed", get_method("AMXINT8")))
+    module = HybridMoE.from_path(tmp_path / "packed", 1, activation=Activation(), engine=ENGINE)
+    assert module.config == MoEConfig(1, E, K, H, INNER) and module.wrapper.method == "AMXINT8"
+    wanted = HybridMoE.from_path(path, 1, method="AMXINT8", activation=Activation(), engine=ENGINE)
+    assert torch.equal(module(*batch(9)), wanted(*batch(9)))
 
 
 # --- state ---
