@@ -373,19 +373,24 @@ class HybridMoE(nn.Module):
 
     # --- state ---
 
-    def _keys(self, prefix: str) -> tuple[str, str, str]:
-        w13, w2 = self._layouts()
+    def _keys(self, prefix: str, layouts: tuple[str, str]) -> tuple[str, str, str]:
+        w13, w2 = layouts
         return prefix + "gpu_experts_mask", f"{prefix}cpu_experts.{w13}.w13", f"{prefix}cpu_experts.{w2}.w2"
 
-    def _layouts(self) -> Layouts:
-        """Those of the experts that are here; before there are any, those the method packs floats into."""
-        experts = self.wrapper.moe
-        return (get_method(self.wrapper.method).layout,) * 2 if experts is None else experts.layouts
+    def _saved_layouts(self, state_dict: dict[str, Any], prefix: str) -> Layouts:
+        """Those that the keys of a saved module name, where they are of this module's method; else what it packs."""
+        method = get_method(self.wrapper.method)
+        found = []
+        for part in ("w13", "w2"):
+            begin, end = f"{prefix}cpu_experts.", f".{part}"
+            names = [key[len(begin) : -len(end)] for key in state_dict if key.startswith(begin) and key.endswith(end)]
+            found.append(next(filter(method.can_have, names), method.packed or " or ".join(method.formats)))
+        return found[0], found[1]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         experts = self._cpu_experts()
-        mask, w13, w2 = self._keys(prefix)
+        mask, w13, w2 = self._keys(prefix, experts.layouts)
         pairs = [experts.export_packed(expert) for expert in experts.expert_ids if not self._on_device(expert)]
         destination[mask] = self.wrapper.gpu_experts_mask.clone()
         for name, tensors in ((w13, [pair[0] for pair in pairs]), (w2, [pair[1] for pair in pairs])):
@@ -404,7 +409,8 @@ class HybridMoE(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        keys = self._keys(prefix)
+        layouts = self._saved_layouts(state_dict, prefix)
+        keys = self._keys(prefix, layouts)
         found = [state_dict.pop(key, None) for key in keys]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -419,7 +425,7 @@ class HybridMoE(nn.Module):
             return
         ids = [expert for expert in range(self.config.num_experts) if not self._on_device(expert)]
         try:
-            experts = self.wrapper._new_experts(self._layouts())
+            experts = self.wrapper._new_experts(layouts)
             experts.load_packed(ids, list(w13.cpu()), list(w2.cpu()))
             self.wrapper._adopt(experts)
             self._load_cpu_biases()

@@ -50,6 +50,13 @@ class Method:
             f"{', '.join(FLOAT_METHODS)} for other weights."
         )
 
+    def can_have(self, layout: str) -> bool:
+        """Whether experts of this method may be packed so: by us in groups of any size, or as the codes of files, which
+        are never rotated; a method that packs nothing by itself keeps floats among its files in bf16.
+        """
+        plain, packed = (re.sub(r"g\d+_", "_", key) for key in (layout, self.packed or METHODS["BF16"].packed))
+        return plain == packed or (plain.partition("_")[0] in self.formats and "_r" not in plain)
+
     @property
     def weight_dtype(self) -> str:
         """``"int8"``, ``"int4"`` or ``"bf16"``: the weight format of :attr:`layout`."""
@@ -89,12 +96,14 @@ METHODS: dict[str, Method] = {
             "8-bit weights with one scale a row, rotated; 8.1 bits a weight, close to bf16",
             packed="int8_n64k4_r512_v1",
             sources=("kt_int8",),
+            formats=("int8", "int8f"),
         ),
         Method(
             "AMXINT4",
             "4-bit weights with a searched scale per group of 32, rotated; 4.5 bits a weight",
             packed="int4g32_n64k8_r512_v1",
             sources=("kt_int4",),
+            formats=("int4f",),
         ),
         Method("BF16", "bf16 weights as in the checkpoint; 16 bits a weight", packed="bf16_n64k2_v1"),
         Method(

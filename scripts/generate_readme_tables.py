@@ -100,7 +100,7 @@ def methods_table(kernels: list[KernelRow], methods: ModuleType) -> str:
     features = [name for name in FEATURES if any(row.feature == name for row in kernels)]
     rows = []
     for method in methods.METHODS.values():
-        formats = method.formats or (method.weight_dtype,)
+        formats = (method.weight_dtype,) if method.packed else method.formats
         own = [{row.feature for row in kernels if row.weight == f and fits(row, method.packed)} for f in formats]
         cells = ["yes" if all(feature in have for have in own) else "-" for feature in features]
         layout = f"`{method.packed}`" if method.packed else ", ".join(formats)

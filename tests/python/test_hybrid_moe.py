@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from gguf_files import random_biases, random_layer, sizes_of, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_checkpoints import QUANTIZERS, quantized_layer, single_names, write_folder
 from reference import BOUNDS, moe_reference, relative_error
 from wrapper_cases import INNER, METHOD_NAMES, E, H, K, batch
 from wrapper_cases import make as make_wrapper
@@ -226,6 +227,34 @@ def test_a_state_dict_makes_the_same_layer(tmp_path: Path, experts: Experts, met
         other[0](*batch(1))
     assert other.load_state_dict(state).missing_keys == []
     assert torch.equal(other[0](*batch(5)), parent[0](*batch(5)))
+
+
+@pytest.mark.parametrize("on_device", [0, 3])
+@pytest.mark.parametrize("method", ["FP8", "RAWINT4", "AMXINT8"])
+def test_a_state_dict_of_the_codes_of_files_makes_the_same_layer(tmp_path: Path, method: str, on_device: int) -> None:
+    options = {"method": method, "num_gpu_experts": on_device, "engine": ENGINE}
+    if method == "AMXINT8":  # two NUMA parts: w2 has a layout of its own
+        parent = HybridMoE.from_path(kt_tree(tmp_path), 0, top_k=K, activation=Activation(), **options)
+        assert parent.wrapper.moe.layouts[0] != parent.wrapper.moe.layouts[1]
+    else:
+        quantizer = QUANTIZERS[method.lower()]
+        tensors = single_names(quantized_layer(quantizer.make, E, H, INNER))
+        parent = HybridMoE.from_path(
+            write_folder(tmp_path, tensors, quantizer.config, sizes=(E, H, INNER)), 0, **options
+        )
+    state = parent.state_dict()
+    other = HybridMoE(parent.config, **options)
+    assert other.load_state_dict(state).missing_keys == []
+    assert other.wrapper.moe.layouts == parent.wrapper.moe.layouts
+    assert torch.equal(other(*batch(5)), parent(*batch(5)))
+    key = next(key for key in state if key.endswith(".w13"))
+    for wrong in {"FP8", "AMXINT4"} - {method}:
+        words = rf"(?s)Missing .*cpu_experts.(fp8f|int4g32_).*Unexpected .*{key}"
+        with pytest.raises(RuntimeError, match=words) as error:
+            HybridMoE(parent.config, **(options | {"method": wrong})).load_state_dict(state)
+        assert key.removesuffix(".w13") not in str(error.value).split("Unexpected")[0]
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"cpu_experts.odd.w13\""):
+        other.load_state_dict(state | {"cpu_experts.odd.w13": state[key]})
 
 
 def test_a_state_dict_of_another_layer_is_refused(experts: Experts) -> None:

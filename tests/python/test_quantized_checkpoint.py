@@ -468,6 +468,26 @@ def test_the_methods_are_those_of_the_flags() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "methods"),
+    [
+        ("int8_n64k4_r512_v1", {"AMXINT8"}),
+        ("int8_n64k4_v1", {"AMXINT8"}),
+        ("int8fg64_n64k4_v1", {"AMXINT8"}),
+        ("int4g128_n64k8_r512_v1", {"AMXINT4"}),
+        ("int4g32_n64k8_v1", {"RAWINT4"}),
+        ("int4fg64_n64k8_v1", {"AMXINT4", "RAWINT4"}),
+        ("int4zg128_n64k8_v1", {"GPTQ_INT4", "AWQ"}),
+        ("fp8fg128_n64k4_v1", {"FP8", "FP8_PERCHANNEL"}),
+        ("int6kg16_n64k16_v1", {"LLAMAFILE"}),
+        ("bf16_n64k2_v1", set(METHODS) - {"AMXINT8", "AMXINT4"}),
+        ("odd", set()),
+    ],
+)
+def test_a_method_has_some_layouts(layout: str, methods: set[str]) -> None:
+    assert {name for name, method in METHODS.items() if method.can_have(layout)} == methods
+
+
+@pytest.mark.parametrize(
     ("layout", "name"),
     [("int4g32_n64k8_r512_v1", "int4"), ("int4hg128_n64k8_v1", "int4h"), ("int6kg16_n64k16_v1", "int6k"),
      ("fp8fg128_n64k4_v1", "fp8f"), ("fp8f_n64k4_v1", "fp8f"), ("bf16_n64k2_v1", "bf16"), ("int4mg32_x", "int4m")],
