@@ -126,8 +126,9 @@ def before_create_weights(method: Any, layer: nn.Module, num_experts: int, *_arg
         )
     if attributes.get("with_bias"):
         raise ValueError(
-            f"kt_kernel: the experts of layer {method.kt_config.layer_idx} have a bias, which the CPU's experts do "
-            "not; serve the model without --kt-* flags."
+            f"kt_kernel: the experts of layer {method.kt_config.layer_idx} have biases, and SGLang's device side loads "
+            "such experts in a way that the plug-in does not split between GPU and CPU; serve the model without --kt-* "
+            "flags, or compute it by kt_kernel.integrations.transformers or kt_kernel.HybridMoE."
         )
 
 
