@@ -257,13 +257,13 @@ def default_method() -> str:
     Raises
     ------
     ValueError
-        The variable names no method.
+        The variable names no method, or one that only keeps the codes of files.
     """
-    from kt_kernel.methods import get_method
+    from kt_kernel.methods import get_float_method
 
     value = _read("KT_METHOD")
     try:
-        return "BF16" if value is None else get_method(value).name
+        return "BF16" if value is None else get_float_method(value).name
     except ValueError as error:
         raise ValueError(f"KT_METHOD: {error}") from None
 

@@ -222,3 +222,10 @@ def get_method(name: str | None) -> Method:
     if name in _REFUSED:
         raise ValueError(f"method {name} {_REFUSED[name]}.")
     raise ValueError(f"method {name!r} is unknown; kt_kernel supports {', '.join((*METHODS, *ALIASES))}.")
+
+
+def get_float_method(name: str) -> Method:
+    """As :func:`get_method`, for weights in memory: refuses a method that only keeps the codes of files as well."""
+    method = get_method(name)
+    _ = method.layout
+    return method

@@ -25,7 +25,7 @@ from kt_kernel.activations import Activation
 from kt_kernel.config import EngineConfig, default_method
 from kt_kernel.hybrid_moe import HybridMoE
 from kt_kernel.integrations.torchvision_repair import repair_torchvision
-from kt_kernel.methods import get_method
+from kt_kernel.methods import get_float_method
 
 repair_torchvision()  # transformers imports torchvision for any model
 
@@ -85,13 +85,13 @@ def register(
     ImportError
         A transformers that has no such implementations (before version 5).
     ValueError
-        An unknown method, here or in ``KT_METHOD``.
+        An unknown method, or one that only keeps the codes of files, here or in ``KT_METHOD``.
     """
     global _settings
     if method is None:
         default_method()  # a wrong one is told now, not when a layer first runs
     else:
-        get_method(method)
+        get_float_method(method)
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:

@@ -179,6 +179,10 @@ def test_the_environment_names_the_method(tmp_path: Path, monkeypatch: pytest.Mo
         kt_transformers.register()
     with pytest.raises(ValueError, match="KT_METHOD: method 'FP9' is unknown"):
         logits(load(tmp_path))
+    monkeypatch.setenv("KT_METHOD", "FP8")
+    with pytest.raises(ValueError, match="KT_METHOD: method FP8 keeps the codes .*use one of AMXINT8"):
+        kt_transformers.register()
+    monkeypatch.setenv("KT_METHOD", "FP9")
     kt_transformers.register("AMXINT8")  # takes its place
     command = [sys.executable, "-c", "import kt_kernel.integrations.transformers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -262,8 +266,9 @@ def test_a_gate_of_its_own_and_other_weights_are_refused(tmp_path: Path, monkeyp
         kt_transformers.pack_experts(model)
     with pytest.raises(ValueError, match="MixtralForCausalLM has no experts to pack; make it with from_pretrained"):
         kt_transformers.pack_experts(load(tmp_path, "eager"))
-    with pytest.raises(ValueError, match="method 'NOPE' is unknown"):
-        kt_transformers.register("NOPE")
+    for name, words in (("NOPE", "method 'NOPE' is unknown"), ("FP8", "method FP8 keeps the codes .*use one of AMX")):
+        with pytest.raises(ValueError, match=words):
+            kt_transformers.register(name)
 
 
 # --- the demo model ---
