@@ -66,7 +66,10 @@ def read_config(folder: Path) -> dict:
     try:
         return read_json_object(folder / "config.json")
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint.") from None
+        raise ValueError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, or, of a GGUF model, download "
+            f"the GGUF file and give its path."
+        ) from None
 
 
 def text_config(config: dict) -> dict:

@@ -38,7 +38,10 @@ def _read_headers(folder: Path, files: OpenFiles) -> dict[str, str]:
     single = folder / "model.safetensors"
     paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise ValueError(f"{folder} has no *.safetensors file; kt_kernel reads safetensors checkpoints only.")
+        raise ValueError(
+            f"{folder} has no *.safetensors and no *.gguf file (folders in it are not looked at); give the folder of a "
+            f"checkpoint, or, of a GGUF model, download the GGUF file and give its path."
+        )
     names: dict[str, str] = {}
     for path in paths:
         names |= dict.fromkeys(files[path.name].keys(), path.name)

@@ -207,10 +207,11 @@ def test_a_layer_without_experts_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no config.json"):
+    gguf = "of a GGUF model, download the GGUF file and give its path"
+    with pytest.raises(ValueError, match=f"has no config.json; .*{gguf}"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_of(random_experts(E, H, INNER), 1)))
-    with pytest.raises(ValueError, match=r"has no \*.safetensors"):
+    with pytest.raises(ValueError, match=rf"has no \*.safetensors and no \*.gguf .*{gguf}"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is no JSON"):
