@@ -12,6 +12,7 @@ from kt_kernel.checkpoint import (
     FLOAT_SOURCES,
     ModelSizes,
     SourceReader,
+    expert_biases,
     expert_weights,
     is_float,
     matrix_shape,
@@ -122,9 +123,10 @@ class CheckpointSource:
                 experts.load_experts(slots, **parts)
             else:
                 experts.load_sources(slots, first, second, **parts)
-            biases = [found for expert in logical if (found := self.checkpoint.biases(layer, expert))]
-            if biases:
-                experts.load_biases(slots, *map(list, zip(*biases, strict=True)))
+            biases = {slot: self.biases(layer, expert) for slot, expert in zip(slots, logical, strict=True)}
+            biased = {slot: found for slot, found in biases.items() if found}
+            if biased:
+                experts.load_biases(list(biased), *map(list, zip(*biased.values(), strict=True)))
         except RuntimeError as error:
             raise ValueError(
                 f"experts {logical[0]}-{logical[-1]} of layer {layer} of {self.folder} cannot be packed: {error}"
@@ -153,7 +155,7 @@ class CheckpointSource:
         return expert_weights(self.checkpoint, layer, expert)
 
     def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
-        return self.checkpoint.biases(layer, expert)
+        return expert_biases(self.checkpoint, layer, expert)
 
     def conclude(self) -> None:
         self._rounded.report(self.folder)

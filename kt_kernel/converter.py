@@ -15,6 +15,7 @@ import torch
 from kt_kernel.checkpoint import (
     SourceReader,
     describe_layers,
+    expert_biases,
     expert_weights,
     is_kt_folder,
     open_checkpoint,
@@ -140,12 +141,12 @@ def convert(options: ConvertOptions) -> ConvertResult:
     for layer in source.layers:
         source.check_layer(layer)
         layer_bytes[layer] = source.expert_bytes(layer) * num_experts
+        if any(expert_biases(source, layer, expert) for expert in range(num_experts)):
+            raise ValueError(
+                f"{source.folder} has experts with biases, which converted folders do not hold; serve the checkpoint "
+                f"as it is."
+            )
         source.close()
-    if source.biases(source.layers[0], 0):
-        raise ValueError(
-            f"{source.folder} has experts with biases, which converted folders do not hold; serve the checkpoint as it "
-            f"is."
-        )
     description = _describe(source, options, layout)
 
     writer = PackedWriter(options.output, description)

@@ -222,9 +222,11 @@ class HybridMoE(nn.Module):
         config = MoEConfig(layer_idx, sizes.num_experts, top_k, sizes.hidden_size, sizes.intermediate_size, activation)
         source.check(config)
         biases = [source.biases(layer_idx, expert) for expert in range(sizes.num_experts)]
-        module = cls(config, has_biases=biases[0] is not None, **options)
+        module = cls(config, has_biases=any(biases), **options)
         if module.has_biases:
-            gate, up, down = (torch.stack(tensors) for tensors in zip(*biases, strict=True))
+            none = [torch.zeros(size) for size in (*(sizes.intermediate_size,) * 2, sizes.hidden_size)]
+            stacks = zip(*(found or none for found in biases), strict=True)
+            gate, up, down = (torch.stack([bias.float() for bias in stack]) for stack in stacks)
             module._set_biases(torch.cat((gate, up), dim=1), down)
         module.wrapper.weight_path = str(weight_path)
         module.wrapper.load_weights()

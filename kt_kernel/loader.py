@@ -50,7 +50,7 @@ class ExpertSource(Protocol):
         """gate, up ``[I, H]`` and down ``[H, I]`` of one expert, in a float type, on the CPU."""
 
     def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
-        """Biases of gate, up ``[I]`` and down ``[H]`` of one expert, or None for experts without."""
+        """Biases of gate, up ``[I]`` and down ``[H]`` of one expert; None without any, or with zeros only."""
 
     def conclude(self) -> None:
         """Say what came of loading, after the last layer."""

@@ -182,6 +182,10 @@ ENCODINGS: dict[str, Encoding] = {
 }
 
 
+# Names of all parts that some encoding reads: models have others beside them, as scales of activations.
+PART_NAMES = frozenset(name for encoding in ENCODINGS.values() for part in encoding.parts for name in part.names)
+
+
 def recognize(headers: Mapping[str, Header], n: int, k: int, declared: Quantization | None) -> str | None:
     """The encoding of a matrix ``[n, k]``, from the tensors it has; None: none that is known.
 

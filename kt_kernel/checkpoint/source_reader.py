@@ -109,3 +109,9 @@ def matrix_weights(reader: SourceReader, layer: int, expert: int, projection: st
 def expert_weights(reader: SourceReader, layer: int, expert: int) -> ExpertWeights:
     """Every matrix of one expert, as :func:`matrix_weights` gives it."""
     return ExpertWeights(*(matrix_weights(reader, layer, expert, projection) for projection in PROJECTIONS))
+
+
+def expert_biases(reader: SourceReader, layer: int, expert: int) -> list[torch.Tensor] | None:
+    """Biases of one expert as the reader gives them; None as well where all are 0, which some quantizers add."""
+    biases = reader.biases(layer, expert)
+    return biases if biases is not None and any(bool(bias.any()) for bias in biases) else None

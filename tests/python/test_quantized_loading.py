@@ -10,9 +10,10 @@ import pytest
 import torch
 from checkpoints import layer_tensors, random_experts, write_checkpoint
 from quantized_checkpoints import QUANTIZERS, Matrix, quantized_layer, single_names, write_folder
-from reference import moe_reference, relative_error
+from reference import BOUNDS, moe_reference, relative_error
 from wrapper_cases import INNER, E, H, K, batch, loaded, make
 
+from kt_kernel import HybridMoE
 from kt_kernel.checkpoint import Checkpoint, expert_weights
 from kt_kernel.convert_command import main
 from kt_kernel.integrations.sglang.checks import expert_source
@@ -217,6 +218,61 @@ def test_biases_are_not_converted(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert convert(tmp_path / "in", tmp_path / "o", "bf16") == 1
     assert "experts with biases, which converted folders do not hold" in caplog.text
     assert json.loads((tmp_path / "in/config.json").read_text())["num_experts"] == E
+
+
+def with_biases(tensors: dict[str, torch.Tensor], layer: int, biases: tuple[torch.Tensor, ...]) -> dict:
+    names = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.bias": stack[expert].clone()
+        for projection, stack in zip(("gate", "up", "down"), biases, strict=True)
+        for expert in range(E)
+    }
+    return tensors | names
+
+
+def test_biases_of_zeros_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantizer = QUANTIZERS["gptq"]
+    tensors = single_names(quantized_layer(quantizer.make, *SIZES))
+    zeros = tuple(torch.zeros(E, size, dtype=torch.float16) for size in (INNER, INNER, H))
+    outputs = []
+    for name, given in (("without", tensors), ("with", with_biases(tensors, 0, zeros))):
+        folder = write_folder(tmp_path / name, given, quantizer.config, sizes=SIZES)
+        assert open_source(folder, get_method("GPTQ_INT4")).biases(0, 1) is None
+        assert not HybridMoE.from_path(folder, 0, method="GPTQ_INT4").has_biases
+        assert convert(folder, tmp_path / f"{name}-converted", "gptq") == 0
+        packed = PackedFolder(tmp_path / f"{name}-converted")
+        outputs.append([tensor for expert in range(E) for tensor in packed.expert(0, expert)])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    zeros[1][E - 1, 7] = 1
+    folder = write_folder(tmp_path / "one", with_biases(tensors, 0, zeros), quantizer.config, sizes=SIZES)
+    assert convert(folder, tmp_path / "o", "gptq") == 1
+    assert "experts with biases, which converted folders do not hold" in caplog.text
+
+
+@pytest.mark.parametrize("on_device", [None, 0, 6])
+def test_a_bias_of_some_experts_is_added_to_theirs(tmp_path: Path, on_device: int | None) -> None:
+    plain = random_experts(*SIZES)
+    biases = tuple(torch.zeros(E, size) for size in (INNER, INNER, H))
+    for expert in (2, 7):
+        for stack in biases:
+            stack[expert] = torch.randn(stack.shape[1], generator=torch.Generator().manual_seed(expert))
+    folder = write_folder(tmp_path, with_biases(layer_tensors(0, plain), 0, biases), {}, sizes=SIZES)
+    hidden, ids, weights = batch(9)
+    wanted = moe_reference(hidden, ids, weights, *plain, biases=biases)
+    if on_device is None:
+        found = from_folder(folder, "BF16", layer_idx=0).forward(hidden, ids, weights)
+    else:
+        found = HybridMoE.from_path(folder, 0, num_gpu_experts=on_device)(hidden, ids, weights)
+    assert relative_error(found, wanted) < BOUNDS["BF16"]
+
+
+def test_parts_that_no_form_reads_may_be_missing(tmp_path: Path) -> None:
+    quantizer = QUANTIZERS["nvfp4"]
+    tensors = single_names(quantized_layer(quantizer.make, *SIZES))
+    del tensors["model.layers.0.mlp.experts.5.up_proj.input_scale"]
+    folder = write_folder(tmp_path / "some", tensors, quantizer.config, sizes=SIZES)
+    all_of_them, _ = quantized_folder(tmp_path / "all", "nvfp4", layer=0)
+    wrappers = [from_folder(path, "NVFP4", layer_idx=0) for path in (folder, all_of_them)]
+    assert torch.equal(*(wrapper.forward(*batch(9)) for wrapper in wrappers))
 
 
 def test_biases_are_added(tmp_path: Path) -> None:
