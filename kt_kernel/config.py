@@ -79,8 +79,9 @@ ENVIRONMENT: tuple[EnvironmentVariable, ...] = (
         "KT_DETERMINISTIC",
         "0",
         "csrc/kernels/registry.cpp",
-        "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights and for "
-        "int4 in groups below 128 or of no multiple of 64",
+        "`1`: a token's result never depends on the tokens beside it, at the price of AMX for bf16 weights, "
+        "int4 in groups below 128 or of no multiple of 64, fp8 and all other codes of files, and of the faster way of "
+        "fp8 for many rows",
     ),
     EnvironmentVariable(
         "KT_SPIN_US",

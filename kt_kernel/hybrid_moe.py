@@ -55,7 +55,8 @@ class HybridMoE(nn.Module):
     config : MoEConfig
         Sizes and activation of the layer.
     method : str
-        How experts on the CPU are stored and computed: BF16, AMXINT8 or AMXINT4.
+        How experts on the CPU are stored and computed: BF16, AMXINT8 or AMXINT4; for weights from files or from a state
+        dict any of :data:`kt_kernel.methods.METHODS`.
     gpu_experts_mask : Tensor, optional
         ``[num_experts]``, bool: True = on the device. Fixed for the life of the module.
     num_gpu_experts : int

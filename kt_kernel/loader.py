@@ -73,6 +73,7 @@ class PackedSource:
             )
         self.packed = PackedFolder(folder)
         self._layout = self.packed.layout
+        logger.info("%s holds experts converted for %s (%s)", folder, found, self._layout)
 
     def layouts(self, layer: int) -> Layouts:
         return self._layout, self._layout
@@ -142,7 +143,7 @@ def open_source(weight_path: str | Path, method: Method) -> ExpertSource:
     Parameters
     ----------
     weight_path : str or Path
-        Folder of a Hugging Face checkpoint, a model id, or a folder of converted experts.
+        Folder of a Hugging Face checkpoint or of converted experts, a model id, or a GGUF file or folder.
     method : Method
         Decides the layout of a checkpoint's experts; must be that of a converted folder.
 

@@ -59,7 +59,7 @@ class KTMoEWrapper:
     threadpool_count : int, optional
         NUMA nodes; None: all. More than there are: clamped, with a warning.
     weight_path : str, optional
-        Folder of a checkpoint or of converted experts; needed by :meth:`load_weights` only.
+        Folder of a checkpoint or of converted experts, or a GGUF file; needed by :meth:`load_weights` only.
     chunked_prefill_size : int, optional
         A hint: with tensors on a GPU, pinned buffers are made for so many tokens; larger batches make them grow.
     max_deferred_experts_per_token : int, optional
@@ -68,7 +68,7 @@ class KTMoEWrapper:
         batch needs the expert now. Above num_experts_per_tok means all; None or 0: none. The last layer of a model
         never defers; :mod:`kt_kernel.layer_chain` says which layers are one model.
     method : str, optional
-        AMXINT8, AMXINT4 or BF16; None: AMXINT4.
+        Name in :data:`kt_kernel.methods.METHODS`; None: AMXINT4.
     numa_nodes : sequence of int, optional
         Node ids, one per pool.
     num_gpu_experts : int, optional

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from kt_kernel import KTMoEWrapper, converter, files, packed_folder, packed_writer
 from kt_kernel.converter import ConvertOptions, convert
-from kt_kernel.loader import open_source
+from kt_kernel.loader import close_sources, open_source
 from kt_kernel.methods import FLOAT_METHODS, get_method
 from kt_kernel.packed_folder import PackedDescription, PackedFolder, encode_manifest, read_manifest, verify
 
@@ -289,6 +289,16 @@ def test_the_source_is_opened_once_for_all_layers(folder: Path, monkeypatch: pyt
     for layer in LAYERS:
         make_wrapper(folder, layer_idx=layer).load_weights(torch.arange(E))
     assert open_source(folder, get_method("AMXINT4")) is source
+
+
+def test_the_log_says_once_what_a_folder_holds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    close_sources()
+    caplog.set_level("INFO", "kt_kernel.loader")
+    for _ in range(2):
+        open_source(folder, get_method("AMXINT4"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} holds experts converted for AMXINT4 (int4g32_n64k8_r512_v1)"
+    ]
 
 
 # --- disks that fail ---

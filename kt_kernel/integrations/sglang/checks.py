@@ -171,7 +171,8 @@ def check_weight_path_given(args: Any) -> None:
     if args.kt_weight_path is None:
         raise ValueError(
             "--kt-* flags are given without --kt-weight-path, so no expert would run on the CPU; add "
-            "--kt-weight-path DIR (a bf16 checkpoint, or the output of scripts/convert_cpu_weights.py) or remove them."
+            "--kt-weight-path PATH (a checkpoint, a GGUF file, or the output of scripts/convert_cpu_weights.py) or "
+            "remove them."
         )
 
 

@@ -38,7 +38,7 @@ class Flag:
 
 
 FLAGS = (
-    Flag("--kt-weight-path", "required", "folder of converted experts, or the checkpoint's own folder"),
+    Flag("--kt-weight-path", "required", "folder of a checkpoint or of converted experts, a GGUF file, or a hub id"),
     Flag(
         "--kt-method",
         "`AMXINT4` (SGLang's)",
