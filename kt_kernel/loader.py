@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from kt_kernel.checkpoint_source import CheckpointSource
 from kt_kernel.config import MoEConfig
 from kt_kernel.experts import CpuExperts, Layouts, packed_bytes
 from kt_kernel.methods import Method
-from kt_kernel.packed_folder import MANIFEST, PackedFolder, is_packed_folder, read_manifest
+from kt_kernel.packed_folder import PackedFolder, is_packed_folder, read_manifest
 from kt_kernel.progress import Progress
 
 logger = logging.getLogger("kt_kernel.loader")
@@ -124,16 +125,14 @@ _sources_lock = threading.Lock()
 
 
 def _fingerprint(folder: Path) -> tuple:
-    """Changes when the folder's contents were replaced."""
-    names = ("config.json", "model.safetensors.index.json", "model.safetensors", MANIFEST)
+    """Changes when the contents of a folder, or a file or one beside it, were replaced."""
+    root = folder.parent if folder.is_file() else folder
+    patterns = ("*.gguf",) if folder.is_file() else ("*.gguf", "*.json", "*.safetensors", "_layer_*/_numa_*")
     stats = []
-    gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
-    for path in (*(folder / name for name in names), *gguf):
-        try:
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
+        with suppress(OSError):
             status = path.stat()
-            stats.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            stats.append(None)
+            stats.append((str(path), status.st_mtime_ns, status.st_size))
     return tuple(stats)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import struct
 from pathlib import Path
 
+import kt_files
 import pytest
 import torch
 from checkpoints import BASES, STYLES, config_of, layer_tensors, random_experts, write_checkpoint
@@ -17,6 +20,7 @@ from kt_kernel.checkpoint import Checkpoint, describe_layers, expert_weights, mo
 from kt_kernel.loader import open_source
 from kt_kernel.methods import get_method
 
+GGUF = Path(__file__).resolve().parents[1] / "data/formats/gguf"
 E, H, INNER = 4, 64, 48
 
 
@@ -331,6 +335,29 @@ def test_one_index_for_all_layers_and_a_new_one_after_a_change(tmp_path: Path) -
     assert open_source(str(tmp_path), method) is source
     write_checkpoint(tmp_path, {0: random_experts(E, H, 16, seed=3)})
     assert open_source(tmp_path, method) is not source
+
+
+def test_a_change_of_any_file_with_experts_is_seen(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "shards", {0: random_experts(E, H, INNER)}, num_shards=3)
+    trees = tmp_path / "tree"
+    for name, data in kt_files.tree_files(kt_files.Case("INT8", 2, 1, 64, 128)).items():
+        (trees / name).parent.mkdir(parents=True, exist_ok=True)
+        (trees / name).write_bytes(data)
+    (tmp_path / "gguf").mkdir()
+    for file in GGUF.glob("mixture-*"):
+        shutil.copy(file, tmp_path / "gguf")
+    shards, parts, splits = (sorted(tmp_path.glob(p)) for p in ("shards/*.safetensors", "tree/*/_numa_*", "gguf/*"))
+    assert (len(shards), len(parts), len(splits)) == (3, 2, 3)
+    method = get_method("AMXINT8")
+    for opened, changed in (
+        *((tmp_path / "shards", shard) for shard in shards),
+        *((trees, part) for part in parts),
+        *((path, split) for path in (tmp_path / "gguf", splits[1]) for split in splits),
+    ):
+        source = open_source(opened, method)
+        assert open_source(opened, method) is source
+        os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 1))
+        assert open_source(opened, method) is not source, changed
 
 
 def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
