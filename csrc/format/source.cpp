@@ -144,12 +144,13 @@ void pack_source_panel(const PackedLayout& layout, const std::vector<SourceRows>
   if (format.kind != SourceKind::kFloat)
     values = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kPackedColumns * k));
   for (const SourceRows& some : rows) {
-    float* const w = values.get() + some.column * k;
-    if (values != nullptr) decode_rows(*some.matrix, some.first, some.count, w);
-    for (int64_t i = 0; i < some.count; ++i) {
-      floats.row[some.column + i] =
-          values == nullptr ? static_cast<const void*>(float_row(*some.matrix, some.first + i))
-                            : w + i * k;
+    if (values == nullptr) {
+      for (int64_t i = 0; i < some.count; ++i)
+        floats.row[some.column + i] = float_row(*some.matrix, some.first + i);
+    } else {
+      float* const w = values.get() + some.column * k;
+      decode_rows(*some.matrix, some.first, some.count, w);
+      for (int64_t i = 0; i < some.count; ++i) floats.row[some.column + i] = w + i * k;
     }
   }
   quantize_panel(layout, floats, dst, nullptr);
