@@ -25,6 +25,9 @@ struct QuantizationError {
   double signal = 0;  // sum of w^2
 };
 
+// Errors    kt::Error: a layout that keeps the codes of files, which are not made from values.
+void check_quantizes(const PackedLayout& layout);
+
 // Quantizes and packs one panel.
 //
 // int8      per row: scale = max|w| / 127 (w after rotation),
@@ -35,8 +38,9 @@ struct QuantizationError {
 // bf16      round to nearest even (fp16 and fp32 sources), copy (bf16).
 // Zeros     rows and groups with max|w| < 2^-100 get scale 0 and codes 0.
 // Shapes    dst holds layout.panel_bytes(rows.k). error is added to; it may be null.
-// Errors    kt::Error for NaN, infinity, |w| > 2^50 (int8, int4) or what rounds to infinity (bf16)
-//           in the source; it names row and column of the panel. dst is then undefined.
+// Errors    kt::Error: as check_quantizes(); or NaN, infinity, |w| > 2^50 (int8, int4) or what
+//           rounds to infinity (bf16) in the source, naming row and column of the panel. dst is
+//           then undefined.
 // Threads   re-entrant.
 void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst,
                     QuantizationError* error);

@@ -139,6 +139,7 @@ void ExpertStore::fill_panels(const std::vector<int>& experts, Fill&& fill) {
 }
 
 void ExpertStore::load(const std::vector<Source>& sources) {
+  for (const PackedLayout& layout : config_.layouts) check_quantizes(layout);
   std::vector<int> experts;
   for (const Source& source : sources) experts.push_back(source.expert);
   fill_panels(experts, [&](int64_t i, Projection projection, int64_t p, uint8_t* dst) {

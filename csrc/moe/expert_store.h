@@ -36,7 +36,7 @@ class ExpertStore {
   // node that owns it.
   //
   // Errors  (all of load_*) kt::Error for an expert without a place here, or twice in one
-  //         call.
+  //         call. load(): layouts that keep the codes of files.
   struct Source {
     int expert;
     const void* gate;

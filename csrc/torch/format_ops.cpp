@@ -21,6 +21,7 @@ at::Tensor error_tensor(const QuantizationError& error) {
 template <typename PanelRowsOf>
 Packed quantize_panels(const PackedLayout& layout, int64_t panels, int64_t k,
                        PanelRowsOf&& panel_rows) {
+  check_quantizes(layout);
   at::Tensor packed = at::empty({panels * layout.panel_bytes(k)}, at::kByte);
   QuantizationError total;
   for (int64_t p = 0; p < panels; ++p) {

@@ -386,6 +386,20 @@ TEST(QuantizePanel, RefusesWhatItsFormatCannotHold) {
   EXPECT_THROW(quantize(PackedLayout::parse("int8_n64k4_v1"), rows), Error);
 }
 
+TEST(QuantizePanel, RefusesLayoutsOfGivenCodesFirst) {
+  std::vector<float> w(64, NAN);
+  for (const char* name : {"int4hg32_n64k8_v1", "int6kg16_n64k16_v1", "fp8f_n64k4_v1"}) {
+    try {
+      quantize_panel(PackedLayout::parse(name),
+                     matrix_panel_rows(w.data(), DType::kFloat32, 1, 64, 0), nullptr, nullptr);
+      ADD_FAILURE() << name;
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()),
+                std::string(name) + " keeps the codes of files; quantize to int8, int4 or bf16");
+    }
+  }
+}
+
 TEST(QuantizePanel, SourceTypesAgreeWhereTheyAreExact) {
   // multiples of 1/256 below 1/2 and a few powers of two down to fp16's subnormals: exact in all
   // three

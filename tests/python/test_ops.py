@@ -170,6 +170,7 @@ def test_a_ticket_of_another_operator_is_refused_and_not_spent(layer: CpuExperts
     ("call", "words"),
     [
         (lambda: OPS.quantize_pack(torch.zeros(4, 32), "int9_v1"), "int9_v1"),
+        (lambda: OPS.quantize_pack(torch.zeros(4, 32), "int4hg32_n64k8_v1"), "quantize to int8, int4 or bf16"),
         (lambda: OPS.quantize_pack(torch.zeros(4), LAYOUTS[0]), "shape"),
         (lambda: OPS.quantize_pack(torch.zeros(4, 32).long(), LAYOUTS[0]), "w"),
         (lambda: OPS.quantize_pack(torch.full((4, 32), float("inf")), LAYOUTS[0]), "(?i)inf|finite"),
