@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/hadamard.h"
 #include "base/span.h"
+#include "base/unaligned.h"
 #include "format/panel_codes.h"
 #include "format/quantize.h"
 

@@ -1,11 +1,11 @@
 #include "format/packed_layout.h"
 
 #include <algorithm>
-#include <charconv>
 #include <string>
 #include <string_view>
 
 #include "base/check.h"
+#include "base/parsing.h"
 #include "base/span.h"
 
 namespace kt {
@@ -15,24 +15,6 @@ constexpr int kMinRotation = 32;
 constexpr int kMaxRotation = 1024;
 constexpr int kMaxGroupSize = 65536;
 constexpr int kMinActivationBlock = 128;
-// Largest n and k: sizes in bytes (n * k * 2) stay below 2^63 and groups of k are ints.
-constexpr int64_t kMaxSize = int64_t{1} << 30;
-
-// Takes `prefix` off the front of `text` if it stands there.
-bool take(std::string_view& text, std::string_view prefix) {
-  if (text.substr(0, prefix.size()) != prefix) return false;
-  text.remove_prefix(prefix.size());
-  return true;
-}
-
-// Takes a decimal number off the front of `text`; -1 if none stands there or it does not fit.
-int take_number(std::string_view& text) {
-  int value = -1;
-  const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (result.ec != std::errc() || value < 0) return -1;
-  text.remove_prefix(static_cast<size_t>(result.ptr - text.data()));
-  return value;
-}
 
 bool is_two_level(ScaleForm scales) {
   return scales == ScaleForm::kBlock || scales == ScaleForm::kBlockMin;
@@ -143,12 +125,12 @@ PackedLayout PackedLayout::parse(const std::string& name) {
 }
 
 int64_t PackedLayout::padded_k(int64_t k) const {
-  KT_CHECK(k > 0 && k <= kMaxSize, "k must be from 1 to " << kMaxSize << ", got " << k);
+  KT_CHECK(k > 0 && k <= kMaxMatrixSize, "k must be from 1 to " << kMaxMatrixSize << ", got " << k);
   return round_up(k, format == WeightFormat::kBFloat16 ? 32 : 64);
 }
 
 int64_t PackedLayout::num_panels(int64_t n) const {
-  KT_CHECK(n > 0 && n <= kMaxSize, "n must be from 1 to " << kMaxSize << ", got " << n);
+  KT_CHECK(n > 0 && n <= kMaxMatrixSize, "n must be from 1 to " << kMaxMatrixSize << ", got " << n);
   return ceil_div(n, kPackedColumns);
 }
 

@@ -48,6 +48,9 @@ namespace kt {
 constexpr int kPackedColumns = 64;
 constexpr int kPackedStepBytes = kPackedColumns * 4;
 
+// Largest n and k: sizes in bytes (n * k * 2) stay below 2^63 and groups of k are ints.
+constexpr int64_t kMaxMatrixSize = int64_t{1} << 30;
+
 struct PackedLayout {
   WeightFormat format = WeightFormat::kInt8;
   int group_size = 0;    // k of one scale; 0: the whole row

@@ -1,5 +1,7 @@
 #include "format/panel_codes.h"
 
+#include "base/unaligned.h"
+
 namespace kt {
 namespace {
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "format/coded_panel.h"
 
@@ -22,18 +21,6 @@ void for_each_unit(const PackedLayout& layout, int64_t padded_k, Byte* panel, Bo
       for (int i = 0; i < count; ++i) body(begin + i * kUnit, column, parts[i]);
     }
   }
-}
-
-template <typename T>
-T load(const uint8_t* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <typename T>
-void store(T value, uint8_t* to) {
-  std::memcpy(to, &value, sizeof value);
 }
 
 // Between the codes of `panel` and those of a packed panel of its layout; both write codes only.

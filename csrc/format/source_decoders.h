@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/dtype.h"
+#include "base/unaligned.h"
 #include "format/coded_panel.h"
 #include "format/source.h"
 
@@ -42,13 +43,8 @@ struct GgufType {
 // Element i of a part of fp32, bf16 or fp16.
 inline float float_at(const SourcePart& part, int64_t i) {
   const auto* const bytes = static_cast<const uint8_t*>(part.data);
-  if (part.dtype == DType::kFloat32) {
-    float value;
-    std::memcpy(&value, bytes + 4 * i, sizeof value);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, bytes + 2 * i, sizeof bits);
+  if (part.dtype == DType::kFloat32) return load<float>(bytes + 4 * i);
+  const auto bits = load<uint16_t>(bytes + 2 * i);
   return part.dtype == DType::kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
 }
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <iterator>
 
-#include "format/panel_codes.h"
+#include "base/unaligned.h"
 #include "format/source_decoders.h"
 
 namespace kt {

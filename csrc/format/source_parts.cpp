@@ -1,41 +1,32 @@
 // Source strings, and the checks of what a checkpoint gives for them.
-#include <charconv>
 #include <initializer_list>
 #include <sstream>
 #include <string_view>
 #include <utility>
 
 #include "base/check.h"
+#include "base/parsing.h"
 #include "base/span.h"
 #include "format/source_decoders.h"
 
 namespace kt {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 30;  // of n and k, as in packed_layout.cpp
 constexpr int64_t kMaxRanges = 64;
-
-// Takes `prefix` off the front of `text` if it stands there.
-bool take(std::string_view& text, std::string_view prefix) {
-  if (text.substr(0, prefix.size()) != prefix) return false;
-  text.remove_prefix(prefix.size());
-  return true;
-}
 
 // Takes a number from 1 to `largest` off the front of `text`.
 bool take_size(std::string_view& text, int64_t largest, int64_t* size) {
-  const auto result = std::from_chars(text.data(), text.data() + text.size(), *size);
-  if (result.ec != std::errc() || *size < 1 || *size > largest || text.front() == '0') return false;
-  text.remove_prefix(static_cast<size_t>(result.ptr - text.data()));
-  return true;
+  const bool is_padded = text.starts_with('0');
+  *size = take_number(text);
+  return !is_padded && *size >= 1 && *size <= largest;
 }
 
 // fp8_block<R>x<C>, kt_int<bits>x<T>_rows or _columns; false: none of these.
 bool parse_sizes(std::string_view text, SourceFormat* format) {
   if (take(text, "fp8_block")) {
     format->kind = SourceKind::kFp8;
-    return take_size(text, kMaxSize, &format->block_rows) && take(text, "x") &&
-           take_size(text, kMaxSize, &format->block_columns) && text.empty();
+    return take_size(text, kMaxMatrixSize, &format->block_rows) && take(text, "x") &&
+           take_size(text, kMaxMatrixSize, &format->block_columns) && text.empty();
   }
   const bool is_int8 = take(text, "kt_int8x");
   if (!is_int8 && !take(text, "kt_int4x")) return false;
@@ -286,9 +277,9 @@ int SourceFormat::num_parts() const {
 SourceMatrix open_source(const SourceFormat& format, std::vector<SourcePart> parts, int64_t n,
                          int64_t k) {
   SourceMatrix matrix{format, std::move(parts), n, k, {}};
-  KT_CHECK(n >= 1 && k >= 1 && n <= kMaxSize && k <= kMaxSize,
+  KT_CHECK(n >= 1 && k >= 1 && n <= kMaxMatrixSize && k <= kMaxMatrixSize,
            format.name << " weights cannot be [" << n << ", " << k << "]; sizes are from 1 to "
-                       << kMaxSize);
+                       << kMaxMatrixSize);
   KT_CHECK(static_cast<int>(matrix.parts.size()) == format.num_parts(),
            format.name << " weights have " << format.num_parts() << " tensors a matrix, got "
                        << matrix.parts.size());
