@@ -86,7 +86,8 @@ struct SourceMatrix {
 };
 
 // Errors  kt::Error, one sentence: n or k that the format cannot have, a wrong number of parts, a
-//         part of another type or shape. No data is read but the zero points of gptq.
+//         part of another type or shape, a stored zero point of 15 in gptq (not gptq_v2), which no
+//         two readers agree on. No data is read but the zero points of gptq.
 SourceMatrix open_source(const SourceFormat& format, std::vector<SourcePart> parts, int64_t n,
                          int64_t k);
 

@@ -22,6 +22,10 @@ void decode_awq(const SourceMatrix& matrix, const SourceRows& rows, CodedPanel* 
 void decode_kt(const SourceMatrix& matrix, const SourceRows& rows, CodedPanel* panel);
 void decode_gguf(const SourceMatrix& matrix, const SourceRows& rows, CodedPanel* panel);
 
+// Refuses a stored zero point of 15 in the first version of gptq, where a zero is stored less 1. A
+// zero of 0 has no place there: vLLM reads 15 as 16, AutoGPTQ as 0, and GPTQModel, which subtracted
+// from whole words, as 0 with a borrow from the next zero. Errors: kt::Error naming row and group.
+void check_stored_zeros(const SourceMatrix& matrix);
 // Whether all zero points of gptq are 8.
 bool is_symmetric(const SourceMatrix& matrix);
 

@@ -2,7 +2,9 @@
 #include <emmintrin.h>
 
 #include <algorithm>
+#include <bit>
 
+#include "base/check.h"
 #include "base/span.h"
 #include "base/unaligned.h"
 #include "format/source_decoders.h"
@@ -87,6 +89,23 @@ void decode_pack_quantized(const SourceMatrix& matrix, const SourceRows& rows, C
                    panel->row(column));
     for (int64_t g = 0; g < groups; ++g)
       panel->scale[g * kPackedColumns + column] = float_at(scale, row * groups + g);
+  }
+}
+
+void check_stored_zeros(const SourceMatrix& matrix) {
+  const SourcePart& zeros = matrix.parts[2];
+  const int64_t count = zeros.shape[0] * zeros.shape[1];
+  for (int64_t i = 0; i < count && matrix.format.zero_offset != 0; ++i) {
+    const uint64_t nibbles = spread_word(word_at(zeros, i));
+    const uint64_t fifteens = (nibbles + 0x0101010101010101) & 0x1010101010101010;
+    if (fifteens == 0) continue;
+    KT_CHECK(false, matrix.format.name
+                        << " weights [" << matrix.n << ", " << matrix.k
+                        << "] store zero point 15 for row "
+                        << i % zeros.shape[1] * kWordCodes + std::countr_zero(fifteens) / 8
+                        << ", group " << i / zeros.shape[1]
+                        << ", which readers of the format take for 0 or for 16; quantize "
+                           "the model again with checkpoint_format gptq_v2");
   }
 }
 

@@ -159,6 +159,7 @@ void open_words(SourceMatrix* matrix) {
   checks.shape(scales, "scales", {groups, n});
   checks.type(zeros, "qzeros", {DType::kInt32});
   checks.shape(zeros, "qzeros", {groups, n / 8});
+  if (is_gptq) check_stored_zeros(*matrix);
   const WeightFormat coded = is_gptq && is_symmetric(*matrix)
                                  ? with_scales_of(matrix->parts[scales].dtype)
                                  : WeightFormat::kInt4Z;

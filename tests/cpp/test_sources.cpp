@@ -115,7 +115,13 @@ struct Matrix {
   SourceMatrix source;
 };
 
-// Bytes below 0x3c are finite in every type, and as scales and codes of ordinary size.
+// Bytes below 0x3c are finite in every type, and as scales and codes of ordinary size. Zero points
+// of gptq must not be stored as 15.
+uint8_t random_byte(std::mt19937* generator) {
+  const auto byte = static_cast<uint8_t>((*generator)() % 0x3c);
+  return byte % 16 == 15 ? byte - 1 : byte;
+}
+
 Matrix make_matrix(const Case& test, int64_t n, int64_t k, std::mt19937* generator) {
   Matrix matrix;
   std::vector<SourcePart> parts;
@@ -124,8 +130,7 @@ Matrix make_matrix(const Case& test, int64_t n, int64_t k, std::mt19937* generat
         std::accumulate(part.shape.begin(), part.shape.end(), int64_t{1}, std::multiplies<>());
     const int64_t bytes = count * dtype_bits(part.dtype) / 8;
     matrix.memory.push_back(std::make_unique<uint8_t[]>(bytes));
-    for (int64_t i = 0; i < bytes; ++i)
-      matrix.memory.back()[i] = static_cast<uint8_t>((*generator)() % 0x3c);
+    for (int64_t i = 0; i < bytes; ++i) matrix.memory.back()[i] = random_byte(generator);
     parts.push_back({matrix.memory.back().get(), part.dtype, part.shape});
   }
   matrix.source = open_source(SourceFormat::parse(test.source), parts, n, k);

@@ -101,11 +101,16 @@ def pack_quantized(parts: list[torch.Tensor], n: int, k: int) -> np.ndarray:
 def gptq(parts: list[torch.Tensor], n: int, k: int, zero_offset: int) -> np.ndarray:
     """Nibbles of int32 ``[k / 8, n]`` along k, scales ``[k / group, n]``, zeros of int32 ``[k / group, n / 8]``.
 
-    A zero of the first version is the nibble + 1, so 1 to 16.
+    A zero of the first version is stored less 1, by a subtraction from the whole word. Readers agree on the zeros from
+    1 to 15 only; a nibble of 15, from a zero of 0, is refused.
     """
     qweight, scales, qzeros = parts
     codes = nibbles(np.ascontiguousarray(qweight.numpy().T)).astype(np.float64)
-    zeros = nibbles(qzeros.numpy()).astype(np.float64) + zero_offset
+    stored = nibbles(qzeros.numpy())
+    if zero_offset and (stored == 15).any():
+        raise ValueError("a stored zero of 15 has no meaning that all readers share.")
+    words = qzeros.numpy().view(np.uint32) + np.uint32(0x11111111 * zero_offset)
+    zeros = nibbles(words).astype(np.float64)
     return (codes - of_groups(zeros.T, k)) * of_groups(reals(scales).T, k)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from format_oracles import decode
 from test_sources import (
     BF16,
     CASES,
@@ -177,6 +178,26 @@ def test_zero_points_with_scales_that_fp16_has_not_are_refused_before_anything_i
     with pytest.raises(RuntimeError, match=sentence):
         OPS.source_layout(parts, "awq", 64, 64)
     OPS.repack(parts, "awq", "int8_n64k4_r512_v1", 64, 64)
+
+
+def test_a_stored_zero_point_of_15_is_refused_in_the_first_version_of_gptq() -> None:
+    parts = gptq(32, FP16)(64, 96, Random(0))
+    assert OPS.source_layout(parts, "gptq", 64, 96) == "int4zg32_n64k8_v1"
+    zeros = parts[2]
+    for group, row in ((0, 0), (1, 7), (2, 37)):
+        word = int(zeros[group, row // 8])
+        zeros[group, row // 8] = torch.tensor(word | 15 << row % 8 * 4).to(torch.int32)
+        sentence = (
+            rf"gptq weights \[64, 96\] store zero point 15 for row {row}, group {group}, which readers of the format take "
+            "for 0 or for 16; quantize the model again with checkpoint_format gptq_v2"
+        )
+        for call in (OPS.source_layout, OPS.decode_source):
+            with pytest.raises(RuntimeError, match=sentence):
+                call(parts, "gptq", 64, 96)
+            call(parts, "gptq_v2", 64, 96)
+        with pytest.raises(ValueError, match="stored zero of 15"):
+            decode("gptq", parts, 64, 96)
+        zeros[group, row // 8] = word
 
 
 def test_a_factor_without_an_exact_half_is_refused() -> None:

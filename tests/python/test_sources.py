@@ -99,15 +99,14 @@ def pack_quantized(group: int, dtype: torch.dtype, *, words: bool = True) -> Mak
     return make
 
 
-def gptq(group: int, dtype: torch.dtype, *, zero: int | None = None) -> Make:
-    """`zero`: what all stored zero points are; None: any."""
+def gptq(group: int, dtype: torch.dtype, *, zeros: tuple[int, int] = (0, 14)) -> Make:
+    """`zeros`: the least and the largest stored zero point; 15 is one of the second version only."""
 
     def make(n: int, k: int, random: Random) -> list[Tensor]:
         groups = groups_of(k, group)
-        zeros = random.words(groups, n // 8)
-        if zero is not None:
-            zeros.fill_(int(np.uint32(0x11111111 * zero).astype(np.int32)))
-        return [random.words(k // 8, n), random.floats(dtype, groups, n), zeros]
+        nibbles = random.integers(zeros[0], zeros[1] + 1, groups, n // 8, 8)
+        words = (nibbles << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+        return [random.words(k // 8, n), random.floats(dtype, groups, n), words]
 
     return make
 
@@ -236,12 +235,12 @@ CASES = [
     INT4("pack_quantized", pack_quantized(0, BF16, words=False), format="int4", id="row"),
     INT4("pack_quantized", pack_quantized(96, FP16), 1, 192, "int4h", 96, id="g96"),
     INT4("gptq", gptq(128, FP16), 8, 8, "int4z", 128),
-    INT4("gptq", gptq(128, FP16, zero=7), 8, 8, "int4h", 128, id="symmetric"),
-    INT4("gptq", gptq(32, BF16, zero=7), 8, 8, "int4", 32, id="symmetric_bf16"),
-    INT4("gptq", gptq(0, FP32, zero=7), 8, 8, "int4f", id="symmetric_row"),
-    INT4("gptq_v2", gptq(64, FP16, zero=7), 8, 8, "int4z", 64, id="sevens"),
-    INT4("gptq_v2", gptq(64, FP16, zero=8), 8, 8, "int4h", 64, id="symmetric"),
-    INT4("gptq_v2", gptq(0, FP16), 8, 8, "int4z", id="row"),
+    INT4("gptq", gptq(128, FP16, zeros=(7, 7)), 8, 8, "int4h", 128, id="symmetric"),
+    INT4("gptq", gptq(32, BF16, zeros=(7, 7)), 8, 8, "int4", 32, id="symmetric_bf16"),
+    INT4("gptq", gptq(0, FP32, zeros=(7, 7)), 8, 8, "int4f", id="symmetric_row"),
+    INT4("gptq_v2", gptq(64, FP16, zeros=(7, 7)), 8, 8, "int4z", 64, id="sevens"),
+    INT4("gptq_v2", gptq(64, FP16, zeros=(8, 8)), 8, 8, "int4h", 64, id="symmetric"),
+    INT4("gptq_v2", gptq(0, FP16, zeros=(0, 15)), 8, 8, "int4z", id="row"),
     INT4("awq", awq(128, FP16), 8, 1, "int4z", 128),
     INT4("awq", awq(32, BF16), 8, 1, "int4z", 32, id="bf16"),
     INT4("awq", awq(64, FP32), 8, 1, "int4z", 64, id="fp32"),
@@ -369,8 +368,8 @@ def test_every_code_of_two_words() -> None:
 @pytest.mark.parametrize(
     ("source", "make", "layout"),
     [
-        ("gptq", gptq(128, FP16, zero=7), "int4zg128_n64k8_v1"),
-        ("gptq_v2", gptq(64, BF16, zero=8), "int4fg64_n64k8_v1"),
+        ("gptq", gptq(128, FP16, zeros=(7, 7)), "int4zg128_n64k8_v1"),
+        ("gptq_v2", gptq(64, BF16, zeros=(8, 8)), "int4fg64_n64k8_v1"),
         ("pack_quantized", pack_quantized(64, BF16), "int4fg64_n64k8_v1"),
         ("mxfp8", mxfp8(torch.uint8), "fp8fg32_n64k4_v1"),
         ("fp8_block128x128", fp8_block(128, 128, BF16), "fp8g128_n64k4_v1"),
