@@ -19,9 +19,7 @@
 //   kt_int4x<T>_rows    part. Parts are ranges of rows (gate, up), or, with _columns, of columns
 //                       (down)
 //
-// Nibbles are low first. The size of a group is k / groups where that is a multiple of 32; else the
-// power of two from 32 on that gives so many groups, the last one short; else k / groups if that is
-// whole.
+// Nibbles are low first. The size of a group is k / groups, which must be whole.
 #pragma once
 
 #include <cstdint>

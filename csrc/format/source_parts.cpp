@@ -77,24 +77,16 @@ struct PartChecks {
                                  << " cannot be: " << size_name << " must be a multiple of " << of);
   }
 
-  // Groups of k: size `dimension` of a part that has two. The size of one, 0 for the whole row;
-  // source.h has the rule.
+  // Groups of k: size `dimension` of a part that has two. The size of one, 0 for the whole row.
   int group_size(int index, const char* part, int dimension, int64_t* groups) const {
     const std::vector<int64_t>& given = matrix.parts[index].shape;
     *groups = given.size() == 2 ? given[dimension] : 0;
-    const int64_t k = matrix.k;
     KT_CHECK(*groups >= 1, part << " of " << name() << " has " << given.size()
                                 << " dimensions; it must have two, and a group at least");
-    if (*groups == 1) return 0;
-    int64_t size = k % *groups == 0 ? k / *groups : 0;
-    if (size == 0 || size % 32 != 0) {
-      for (int64_t power = 32; power < k; power *= 2)
-        if (ceil_div(k, power) == *groups) size = power;
-    }
-    KT_CHECK(size != 0, part << " of " << name() << " has " << *groups
-                             << " groups, and no group size that is known cuts " << k
-                             << " into so many");
-    return static_cast<int>(size);
+    KT_CHECK(matrix.k % *groups == 0,
+             part << " of " << name() << " has " << *groups
+                  << " groups, whose number does not divide k; quantize in groups that do");
+    return *groups == 1 ? 0 : static_cast<int>(matrix.k / *groups);
   }
 };
 

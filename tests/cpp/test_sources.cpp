@@ -40,6 +40,12 @@ std::vector<Part> kt_parts(int64_t rows, int64_t columns, int bits, int count) {
   return parts;
 }
 
+std::vector<Part> awq_parts(int64_t n, int64_t k, int64_t groups) {
+  return {{DType::kInt32, {k, n / 8}},
+          {DType::kInt32, {groups, n / 8}},
+          {DType::kFloat16, {groups, n}}};
+}
+
 #define KT_GGUF(name, columns, bytes)                                        \
   {"gguf:" name, 1, columns, [](int64_t n, int64_t k) -> std::vector<Part> { \
      return {{DType::kUint8, {n, k / columns * bytes}}};                     \
@@ -63,24 +69,22 @@ const std::vector<Case>& cases() {
        [](int64_t n, int64_t k) -> std::vector<Part> {
          return {{DType::kFp8, {n, k}}, {DType::kE8M0, {n, ceil_div(k, 32)}}};
        }},
+      {"pack_quantized", 1, 64,
+       [](int64_t n, int64_t k) -> std::vector<Part> {
+         return {{DType::kUint8, {n, k / 2}}, {DType::kFloat32, {n, k / 64}}};
+       }},
       {"pack_quantized", 1, 1,
        [](int64_t n, int64_t k) -> std::vector<Part> {
-         return {{DType::kUint8, {n, ceil_div(k, 2)}}, {DType::kFloat32, {n, ceil_div(k, 64)}}};
+         return {{DType::kInt32, {n, ceil_div(k, 8)}}, {DType::kFloat32, {n, 1}}};
        }},
-      {"gptq", 8, 8,
+      {"gptq", 8, 64,
        [](int64_t n, int64_t k) -> std::vector<Part> {
-         const int64_t groups = ceil_div(k, 64);
          return {{DType::kInt32, {k / 8, n}},
-                 {DType::kFloat16, {groups, n}},
-                 {DType::kInt32, {groups, n / 8}}};
+                 {DType::kFloat16, {k / 64, n}},
+                 {DType::kInt32, {k / 64, n / 8}}};
        }},
-      {"awq", 8, 1,
-       [](int64_t n, int64_t k) -> std::vector<Part> {
-         const int64_t groups = ceil_div(k, 64);
-         return {{DType::kInt32, {k, n / 8}},
-                 {DType::kInt32, {groups, n / 8}},
-                 {DType::kFloat16, {groups, n}}};
-       }},
+      {"awq", 8, 64, [](int64_t n, int64_t k) { return awq_parts(n, k, k / 64); }},
+      {"awq", 8, 1, [](int64_t n, int64_t k) { return awq_parts(n, k, 1); }},
       {"mxfp4", 1, 32,
        [](int64_t n, int64_t k) -> std::vector<Part> {
          return {{DType::kUint8, {n, k / 2}}, {DType::kE8M0, {n, k / 32}}};

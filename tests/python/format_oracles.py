@@ -58,16 +58,10 @@ def nibbles(words: np.ndarray) -> np.ndarray:
 
 
 def of_groups(scales: np.ndarray, k: int) -> np.ndarray:
-    """Scales ``[n, groups]`` as ``[n, k]``.
-
-    The size of a group is k / groups; where that is no whole number the last group is short, and the size is the power
-    of two that gives this number of groups (k 576 and 5 groups: 128).
-    """
-    groups = scales.shape[1]
-    sizes = [k // groups] if k % groups == 0 else [2**i for i in range(5, 12) if -(-k // 2**i) == groups]
-    if len(sizes) != 1:
-        raise ValueError(f"{groups} groups of {k} have no size that is known.")
-    return np.repeat(scales, sizes[0], axis=1)[:, :k]
+    """Scales ``[n, groups]`` as ``[n, k]``: the size of a group is k / groups."""
+    if k % scales.shape[1]:
+        raise ValueError(f"{scales.shape[1]} groups do not divide {k}.")
+    return np.repeat(scales, k // scales.shape[1], axis=1)
 
 
 def floats(parts: list[torch.Tensor], n: int, k: int) -> np.ndarray:

@@ -94,13 +94,14 @@ def test_float_sources_are_read_as_they_are() -> None:
         np.testing.assert_array_equal(decode(source, [part], 3, 32), part.float().numpy())
 
 
-@pytest.mark.parametrize(
-    ("groups", "k", "expected"), [(5, 576, 128), (9, 576, 64), (23, 2880, 128), (6, 192, 32), (1, 96, 96)]
-)
-def test_a_last_group_may_be_short(groups: int, k: int, expected: int) -> None:
+@pytest.mark.parametrize(("groups", "k"), [(9, 576), (6, 192), (1, 96), (2, 192)])
+def test_groups_are_of_equal_size(groups: int, k: int) -> None:
     scales = torch.arange(1, groups + 1, dtype=torch.float32)[None, :]
-    found = decode("pack_quantized", [torch.full((1, k // 8), 0x99999999 - 2**32, dtype=torch.int32), scales], 1, k)
-    np.testing.assert_array_equal(found[0], np.arange(k) // expected + 1)
+    ones = torch.full((1, k // 8), 0x99999999 - 2**32, dtype=torch.int32)
+    found = decode("pack_quantized", [ones, scales], 1, k)
+    np.testing.assert_array_equal(found[0], np.arange(k) * groups // k + 1)
+    with pytest.raises(ValueError, match=f"5 groups do not divide {k}"):
+        decode("pack_quantized", [ones, torch.ones(1, 5)], 1, k)
 
 
 def test_an_unknown_source_or_a_wrong_shape_is_refused() -> None:

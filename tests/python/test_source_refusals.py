@@ -80,13 +80,12 @@ def test_sizes_that_the_format_cannot_have(source: str, make, n: int, k: int, me
         OPS.decode_source(make(n, k, Random(0)), source, n, k)
 
 
-def test_groups_that_no_size_gives() -> None:
-    parts = [torch.zeros(4, 16, dtype=torch.int32), torch.ones(4, 100)]
-    with pytest.raises(RuntimeError, match="has 100 groups, and no group size that is known cuts 128 into so many"):
-        OPS.decode_source(parts, "pack_quantized", 4, 128)
-    parts[1] = torch.ones(1, 1).expand(4, 2**20)
-    with pytest.raises(RuntimeError, match="1048576 groups, and no group size"):
-        OPS.decode_source(parts, "pack_quantized", 4, 128)
+@pytest.mark.parametrize(("groups", "k"), [(100, 128), (2**20, 128), (3, 320), (5, 576)])
+def test_groups_that_do_not_divide_k(groups: int, k: int) -> None:
+    parts = [torch.zeros(4, k // 8, dtype=torch.int32), torch.ones(1, 1).expand(4, groups)]
+    sentence = rf"pack_quantized weights \[4, {k}\] has {groups} groups, whose number does not divide k; quantize in"
+    with pytest.raises(RuntimeError, match=sentence):
+        OPS.decode_source(parts, "pack_quantized", 4, k)
 
 
 @pytest.mark.parametrize(
