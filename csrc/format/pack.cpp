@@ -10,6 +10,7 @@
 #include "base/span.h"
 #include "base/unaligned.h"
 #include "format/panel_codes.h"
+#include "format/panel_error.h"
 #include "format/quantize.h"
 
 namespace kt {
@@ -34,13 +35,13 @@ void check_codes(const CodedPanel& panel) {
     if (smallest >= low && largest <= high) continue;
     int64_t k = 0;
     while ((row[k] & mask) >= low && (row[k] & mask) <= high) ++k;
-    KT_CHECK(!is_fp8, "the weight at row " << column << ", column " << k
-                                           << " of the panel is NaN; repair the checkpoint");
+    const std::string place = text_of("column ", k);
+    if (is_fp8) throw PanelError("the weight", column, place, "is NaN; repair the checkpoint");
     const int offset = info.table == nullptr ? info.code_offset : 0;
     const int code = offset == 0 ? row[k] : static_cast<int8_t>(row[k] - offset);
-    KT_CHECK(false, "code " << code << " at row " << column << ", column " << k
-                            << " of the panel is outside " << low - offset << ".." << high - offset
-                            << " of the layout");
+    throw PanelError(text_of("code ", code), column, place,
+                     text_of("is outside ", low - offset, "..", high - offset, " of ",
+                             panel.layout.name(), "; choose a method that quantizes anew"));
   }
 }
 
@@ -108,12 +109,14 @@ struct Packer {
     for (int row = 0; row < kPackedColumns; ++row, dst += sizeof(typename Type::Bits)) {
       const float value = values[group * kPackedColumns + row];
       const typename Type::Bits bits = Type::to_bits(value);
-      KT_CHECK(std::isfinite(value), name << " " << value << " at row " << row << ", group "
-                                          << group << " of the panel must be finite");
-      KT_CHECK(Type::to_float(bits) == value,
-               name << " " << value << " at row " << row << ", group " << group
-                    << " of the panel is no number of " << Type::kName
-                    << ", in which the layout keeps it; choose a method that quantizes anew");
+      if (Type::to_float(bits) != value || !std::isfinite(value)) [[unlikely]] {
+        throw PanelError(text_of(name, " ", value), row, text_of("group ", group),
+                         std::isfinite(value)
+                             ? text_of("is no number of ", Type::kName,
+                                       ", in which the layout keeps it; choose a method that "
+                                       "quantizes anew")
+                             : "must be finite; repair the checkpoint");
+      }
       store(bits, dst);
     }
   }

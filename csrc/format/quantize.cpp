@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "format/column_lanes.h"
+#include "format/panel_error.h"
 
 namespace kt {
 namespace {
@@ -66,11 +67,10 @@ float source_value(const PanelRows& rows, int row, int64_t column) {
   const float limit = std::bit_cast<float>(largest);
   int64_t column = begin;
   while (std::abs(source_value(rows, row, column)) <= limit) ++column;
-  std::ostringstream sentence;
-  sentence << "weight " << source_value(rows, row, column) << " at row " << row << ", column "
-           << column << " of the panel cannot be packed: it must be finite and at most " << limit
-           << " in magnitude; repair the checkpoint";
-  throw Error(sentence.str(), __FILE__, __LINE__);
+  throw PanelError(text_of("weight ", source_value(rows, row, column)), row,
+                   text_of("column ", column),
+                   text_of("cannot be packed: it must be finite and at most ", limit,
+                           " in magnitude; repair the checkpoint"));
 }
 
 // Converts k in [begin, begin + count) of one row to fp32.

@@ -39,15 +39,15 @@ void check_quantizes(const PackedLayout& layout);
 // Zeros     rows and groups with max|w| < 2^-100 get scale 0 and codes 0.
 // Shapes    dst holds layout.panel_bytes(rows.k). error is added to; it may be null.
 // Errors    kt::Error: as check_quantizes(); or NaN, infinity, |w| > 2^50 (int8, int4) or what
-//           rounds to infinity (bf16) in the source, naming row and column of the panel. dst is
-//           then undefined.
+//           rounds to infinity (bf16) in the source: PanelError with row and column. dst is then
+//           undefined.
 // Threads   re-entrant.
 void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* dst,
                     QuantizationError* error);
 
 // Packs given codes and scales: each keeps its bits.
 //
-// Errors  kt::Error naming row and k or group: a code outside the layout's (int8 -127..127; NaN of
+// Errors  PanelError naming row and k or group: a code outside the layout's (int8 -127..127; NaN of
 //         fp8), a scale that is NaN, infinite or no number of the layout's type. dst is then
 //         undefined.
 void pack_panel(const CodedPanel& panel, uint8_t* dst);

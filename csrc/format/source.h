@@ -118,7 +118,7 @@ std::vector<SourceRows> w13_source_rows(const SourceMatrix& gate, const SourceMa
                                         int64_t p);
 
 // One panel of these rows, which check_source_layout() has taken; the other columns are padding.
-// Errors   kt::Error naming the row of the panel and the column or group: a value or scale that is
+// Errors   PanelError naming the row of the panel and the column or group: a value or scale that is
 //          not finite, or that the layout's type has not. dst is then undefined.
 // Threads  re-entrant.
 void pack_source_panel(const PackedLayout& layout, const std::vector<SourceRows>& rows,

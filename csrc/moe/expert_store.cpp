@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "format/panel_error.h"
 
 namespace kt {
 namespace {
@@ -12,19 +13,13 @@ namespace {
 // replaced.
 constexpr int64_t kMatrixAlignment = 4096;
 
-const char* projection_name(Projection projection) {
-  return projection == Projection::kW13 ? "w13" : "w2";
-}
-
-// Re-throws an error of the quantizer with the place it happened.
+// Re-throws an error of packing with the place it happened: the row of gate, up or down.
 template <typename F>
 void with_place(int layer_idx, int expert, Projection projection, int64_t panel, F&& body) {
   try {
-    body();
+    with_matrix_rows(projection == Projection::kW13 ? nullptr : "down", panel, body);
   } catch (const Error& error) {
-    KT_CHECK(false, "layer " << layer_idx << ", expert " << expert << ", "
-                             << projection_name(projection) << " panel " << panel << ": "
-                             << error.what());
+    KT_CHECK(false, "layer " << layer_idx << ", expert " << expert << ": " << error.what());
   }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "format/panel_error.h"
 #include "format/quantize.h"
 #include "torch/tensor_checks.h"
 
@@ -17,17 +18,19 @@ at::Tensor error_tensor(const QuantizationError& error) {
   return at::tensor({error.error, error.signal}, at::kDouble);
 }
 
-// Quantizes `panels` panels whose rows panel_rows(p) gives.
+// Quantizes `panels` panels whose rows panel_rows(p) gives; `matrix` as in with_matrix_rows().
 template <typename PanelRowsOf>
-Packed quantize_panels(const PackedLayout& layout, int64_t panels, int64_t k,
+Packed quantize_panels(const PackedLayout& layout, const char* matrix, int64_t panels, int64_t k,
                        PanelRowsOf&& panel_rows) {
   check_quantizes(layout);
   at::Tensor packed = at::empty({panels * layout.panel_bytes(k)}, at::kByte);
   QuantizationError total;
   for (int64_t p = 0; p < panels; ++p) {
     QuantizationError error;
-    quantize_panel(layout, panel_rows(p),
-                   packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k), &error);
+    with_matrix_rows(matrix, p, [&] {
+      quantize_panel(layout, panel_rows(p),
+                     packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k), &error);
+    });
     total.error += error.error;
     total.signal += error.signal;
   }
@@ -47,7 +50,7 @@ Packed quantize_pack(const at::Tensor& w, c10::string_view layout_name) {
   const at::Tensor rows = w.contiguous();
   const int64_t n = w.size(0);
   const int64_t k = w.size(1);
-  return quantize_panels(layout, layout.num_panels(n), k, [&](int64_t p) {
+  return quantize_panels(layout, "the matrix", layout.num_panels(n), k, [&](int64_t p) {
     return matrix_panel_rows(rows.const_data_ptr(), float_dtype(rows, "w"), n, k, p);
   });
 }
@@ -62,7 +65,7 @@ Packed quantize_pack_w13(const at::Tensor& gate, const at::Tensor& up,
   const at::Tensor gate_rows = gate.contiguous();
   const at::Tensor up_rows = up.contiguous();
   const int64_t k = gate.size(1);
-  return quantize_panels(layout, num_w13_panels(gate.size(0)), k, [&](int64_t p) {
+  return quantize_panels(layout, nullptr, num_w13_panels(gate.size(0)), k, [&](int64_t p) {
     return w13_panel_rows(gate_rows.const_data_ptr(), up_rows.const_data_ptr(),
                           float_dtype(gate_rows, "gate"), gate.size(0), k, p);
   });
@@ -106,9 +109,11 @@ at::Tensor pack(const at::Tensor& codes, const at::Tensor& scales, c10::string_v
     const auto* panel_codes =
         static_cast<const uint8_t*>(all_codes.const_data_ptr()) +
         p * 64 * layout.padded_k(k) * static_cast<int64_t>(codes.element_size());
-    pack_panel(layout, k, panel_codes,
-               all_scales.const_data_ptr<float>() + p * 64 * layout.num_groups(k),
-               packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k));
+    with_matrix_rows("the matrix", p, [&] {
+      pack_panel(layout, k, panel_codes,
+                 all_scales.const_data_ptr<float>() + p * 64 * layout.num_groups(k),
+                 packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k));
+    });
   }
   return packed;
 }

@@ -158,7 +158,8 @@ void load_bias(int64_t layer, at::IntArrayRef experts, at::TensorList gate, at::
       float_dtype(tensor, name);
       alive.push_back(tensor.to(at::kFloat).contiguous());
       KT_CHECK(at::isfinite(alive.back()).all().item<bool>(),
-               name << " of expert " << ids[i] << " holds NaN or infinity.");
+               "layer " << config.layer_idx << ", expert " << ids[i] << ": " << name
+                        << " holds NaN or infinity; repair the checkpoint.");
       return alive.back().const_data_ptr<float>();
     };
     const float* gate_data = take(gate[i], "gate_bias", config.intermediate_size);

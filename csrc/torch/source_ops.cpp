@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "format/panel_error.h"
 #include "format/quantize.h"
 #include "format/source.h"
 #include "torch/tensor_checks.h"
@@ -60,12 +61,16 @@ std::string layout_of_source(at::TensorList parts, c10::string_view source, int6
   return source_layout(open_parts(source, parts, n, k).matrix).name();
 }
 
+// `matrix` as in with_matrix_rows().
 template <typename RowsOf>
-at::Tensor pack_panels(const PackedLayout& layout, int64_t panels, int64_t k, RowsOf&& rows_of) {
+at::Tensor pack_panels(const PackedLayout& layout, const char* matrix, int64_t panels, int64_t k,
+                       RowsOf&& rows_of) {
   at::Tensor packed = at::empty({panels * layout.panel_bytes(k)}, at::kByte);
   for (int64_t p = 0; p < panels; ++p) {
-    pack_source_panel(layout, rows_of(p),
-                      packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k));
+    with_matrix_rows(matrix, p, [&] {
+      pack_source_panel(layout, rows_of(p),
+                        packed.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(k));
+    });
   }
   return packed;
 }
@@ -75,7 +80,7 @@ at::Tensor repack(at::TensorList parts, c10::string_view source, c10::string_vie
   const PackedLayout layout = PackedLayout::parse(std::string(layout_name));
   const Opened opened = open_parts(source, parts, n, k);
   check_source_layout(opened.matrix, layout);
-  return pack_panels(layout, layout.num_panels(n), k,
+  return pack_panels(layout, "the matrix", layout.num_panels(n), k,
                      [&](int64_t p) { return matrix_source_rows(opened.matrix, p); });
 }
 
@@ -86,7 +91,7 @@ at::Tensor repack_w13(at::TensorList gate, at::TensorList up, c10::string_view s
   const Opened opened_up = open_parts(source, up, n, k);
   check_source_layout(opened_gate.matrix, layout);
   check_source_layout(opened_up.matrix, layout);
-  return pack_panels(layout, num_w13_panels(n), k, [&](int64_t p) {
+  return pack_panels(layout, nullptr, num_w13_panels(n), k, [&](int64_t p) {
     return w13_source_rows(opened_gate.matrix, opened_up.matrix, p);
   });
 }

@@ -215,9 +215,12 @@ TEST(MoeLayer, AFailedReloadIsNotLoaded) {
   Weights weights = random_weights(config, 1);
   load(layer, weights);
   EXPECT_TRUE(layer.store().all_loaded());
-  weights.down[2][5] = std::nanf("");
-  EXPECT_NE(message_of([&] { load(layer, weights); }).find("layer 7, expert 2, w2 panel 0"),
-            std::string::npos);
+  weights.down[2][5 * 32 + 3] = std::nanf("");
+  const std::string message = message_of([&] { load(layer, weights); });
+  EXPECT_EQ(
+      message.find("layer 7, expert 2: weight nan at row 5, column 3 of down cannot be packed"), 0u)
+      << message;
+  EXPECT_TRUE(message.ends_with("; repair the checkpoint")) << message;
   EXPECT_FALSE(layer.store().loaded(2));
 }
 

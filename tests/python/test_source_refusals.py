@@ -114,13 +114,13 @@ def filled(parts: list[Tensor], index: int, at: tuple[int, ...], value: float | 
 @pytest.mark.parametrize(
     ("source", "make", "index", "at", "message"),
     [
-        ("fp8_block128x128", fp8_block(128, 128, FP32), 1, (1, 1), "at row 0, group 1 of the panel must be finite"),
-        ("fp8_row", fp8_row(BF16, matrix=False), 1, (70,), "at row 6, group 0 of the panel must be finite"),
-        ("pack_quantized", pack_quantized(32, FP16), 1, (70, 3), "at row 6, group 3 of the panel must be finite"),
-        ("gptq", gptq(32, FP16), 1, (3, 70), "at row 6, group 3 of the panel must be finite"),
-        ("awq", awq(32, FP16), 2, (3, 70), "at row 6, group 3 of the panel must be finite"),
-        ("nvfp4", nvfp4(1), 2, (0,), "scale of a row .* at row 0, group 0 of the panel must be finite"),
-        ("kt_int8x2_columns", kt(8, 2, by_columns=True), 3, (70,), "at row 6, group 1 of the panel must be finite"),
+        ("fp8_block128x128", fp8_block(128, 128, FP32), 1, (1, 1), "at row 128, group 1 of the matrix must be finite; repair the checkpoint$"),
+        ("fp8_row", fp8_row(BF16, matrix=False), 1, (70,), "at row 70, group 0 of the matrix must be finite; repair the checkpoint$"),
+        ("pack_quantized", pack_quantized(32, FP16), 1, (70, 3), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
+        ("gptq", gptq(32, FP16), 1, (3, 70), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
+        ("awq", awq(32, FP16), 2, (3, 70), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
+        ("nvfp4", nvfp4(1), 2, (0,), "scale of a row .* at row 0, group 0 of the matrix must be finite; repair the checkpoint$"),
+        ("kt_int8x2_columns", kt(8, 2, by_columns=True), 3, (70,), "at row 70, group 1 of the matrix must be finite; repair the checkpoint$"),
     ],
 )
 def test_scales_that_are_not_finite_are_refused(source: str, make, index: int, at, message: str, value: float) -> None:
@@ -136,14 +136,14 @@ def test_scales_that_are_not_finite_are_refused(source: str, make, index: int, a
 @pytest.mark.parametrize(
     ("source", "make", "index", "at", "message"),
     [
-        ("fp8_row", fp8_row(FP32, matrix=False), 0, (70, 5), "the weight at row 6, column 5 of the panel is NaN"),
-        ("mxfp8", mxfp8(torch.uint8), 1, (70, 3), "scale nan at row 6, group 3"),
-        ("mxfp4", mxfp4(torch.uint8, torch.uint8), 1, (70, 3), "scale nan at row 6, group 3"),
-        ("nvfp4", nvfp4(1), 1, (70, 3), "scale -?nan at row 6, group 3"),
-        ("gguf:MXFP4", gguf("MXFP4"), 0, (70, 17), "scale nan at row 6, group 1"),
-        ("gguf:Q6_K", gguf("Q6_K"), 0, (70, slice(208, 210)), "scale of 256 weights -?nan at row 6, group 0"),
-        ("gguf:Q2_K", gguf("Q2_K"), 0, (70, slice(82, 84)), "minimum of 256 weights -?nan at row 6, group 0"),
-        ("gguf:Q5_1", gguf("Q5_1"), 0, (70, slice(2, 4)), "minimum -?nan at row 6, group 0"),
+        ("fp8_row", fp8_row(FP32, matrix=False), 0, (70, 5), "the weight at row 70, column 5 of the matrix is NaN; repair the checkpoint$"),
+        ("mxfp8", mxfp8(torch.uint8), 1, (70, 3), "scale nan at row 70, group 3 of the matrix must be finite"),
+        ("mxfp4", mxfp4(torch.uint8, torch.uint8), 1, (70, 3), "scale nan at row 70, group 3 of the matrix must be finite"),
+        ("nvfp4", nvfp4(1), 1, (70, 3), "scale -?nan at row 70, group 3 of the matrix must be finite"),
+        ("gguf:MXFP4", gguf("MXFP4"), 0, (70, 17), "scale nan at row 70, group 1 of the matrix must be finite"),
+        ("gguf:Q6_K", gguf("Q6_K"), 0, (70, slice(208, 210)), "scale of 256 weights -?nan at row 70, group 0 of the matrix must be finite"),
+        ("gguf:Q2_K", gguf("Q2_K"), 0, (70, slice(82, 84)), "minimum of 256 weights -?nan at row 70, group 0 of the matrix must be finite"),
+        ("gguf:Q5_1", gguf("Q5_1"), 0, (70, slice(2, 4)), "minimum -?nan at row 70, group 0 of the matrix must be finite"),
     ],
 )
 def test_bytes_that_stand_for_no_number_are_refused(source: str, make, index: int, at, message: str) -> None:
@@ -164,7 +164,7 @@ def test_minus_128_of_int8_is_decoded_but_not_kept() -> None:
         parts = make(96, 256, Random(3, tame=True))
         layout = OPS.source_layout(parts, source, 96, 256)
         parts[0].view(torch.uint8)[at] = 128
-        with pytest.raises(RuntimeError, match=r"code -128 at row \d, column 0 of the panel is outside -127..127"):
+        with pytest.raises(RuntimeError, match=r"code -128 at row \d+, column 0 of the matrix is outside -127..127 of int8\S+; choose a method that"):
             OPS.repack(parts, source, layout, 96, 256)
         OPS.repack(parts, source, "int8_n64k4_r512_v1", 96, 256)
 

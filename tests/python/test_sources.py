@@ -448,8 +448,14 @@ def test_a_load_that_fails_says_where_and_leaves_the_expert_unloaded() -> None:
     layer = layer_of(("fp8f_n64k4_v1",) * 2)
     layer.load_sources([1], "fp8_row", "fp8_row", gate, up, down)
     up[0][70, 5] = 0x7F
-    sentence = "layer 2, expert 1, w13 panel 2: the weight at row 38, column 5 of the panel is NaN"
+    sentence = "layer 2, expert 1: the weight at row 70, column 5 of up is NaN; repair the checkpoint$"
     with pytest.raises(RuntimeError, match=sentence):
+        layer.load_sources([1], "fp8_row", "fp8_row", gate, up, down)
+    up[0][70, 5], gate[1][767] = 0, float("inf")
+    with pytest.raises(RuntimeError, match="expert 1: scale inf at row 767, group 0 of gate must be finite; repair"):
+        layer.load_sources([1], "fp8_row", "fp8_row", gate, up, down)
+    gate[1][767], down[1][511] = 1, float("nan")
+    with pytest.raises(RuntimeError, match="expert 1: scale nan at row 511, group 0 of down must be finite; repair"):
         layer.load_sources([1], "fp8_row", "fp8_row", gate, up, down)
     with pytest.raises(RuntimeError, match="has not been loaded"):
         OPS.export_packed(layer.layer.handle, 1)
