@@ -26,6 +26,8 @@ from kt_kernel.methods import FLOAT_METHODS, METHODS, Method, method_of, source_
 logger = logging.getLogger("kt_kernel.loader")
 
 _GGUF_FLOATS = ("gguf:BF16", "gguf:F16", "gguf:F32")
+# The layout of these depends on their zero points and scales, which are others in each matrix.
+_JUDGED_BY_VALUES = ("gptq", "gptq_v2", "awq")
 
 
 class CheckpointSource:
@@ -82,13 +84,20 @@ class CheckpointSource:
                 self._refuse_method(source)
         if len(names) > 1 or any(map(_is_any_float, names)):
             return METHODS["BF16"].layout
-        source, parts = matrices[projections[0]]
+        experts = range(self.checkpoint.sizes.num_experts if names & {*_JUDGED_BY_VALUES} else 1)
+        places = [(expert, projection) for expert in experts for projection in projections]
+        found = dict.fromkeys(self._layout_of(layer, *place) for place in places)
+        if len(found) > 1:  # zero points for all where some have them
+            found = dict.fromkeys(self._layout_of(layer, *place, with_zeros=True) for place in places)
+        return next(iter(found))
+
+    def _layout_of(self, layer: int, expert: int, projection: str, *, with_zeros: bool = False) -> str:
+        source, parts = self.checkpoint.source(layer, expert, projection)
+        shape = matrix_shape(self.checkpoint.sizes, projection)
         try:
-            return torch.ops.kt_kernel.source_layout(
-                parts, source, *matrix_shape(self.checkpoint.sizes, projections[0])
-            )
+            return torch.ops.kt_kernel.source_layout(parts, source, *shape, with_zeros)
         except RuntimeError as error:
-            name = self.checkpoint.tensor_name(layer, 0, projections[0])
+            name = self.checkpoint.tensor_name(layer, expert, projection)
             raise ValueError(f"{name} of {self.folder} cannot be kept as it is: {error}") from error
 
     @property

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/check.h"
+#include "format/packed_layout.h"
 
 namespace kt {
 
@@ -26,10 +27,12 @@ class PanelError : public Error {
 
   // For panel p of w13, and of a matrix that is named.
   std::string w13_sentence(int64_t p) const {
-    return sentence_of(value_, 32 * p + row_ % 32, place_, row_ < 32 ? "gate" : "up", fault_);
+    constexpr int kHalf = kPackedColumns / 2;
+    return sentence_of(value_, kHalf * p + row_ % kHalf, place_, row_ < kHalf ? "gate" : "up",
+                       fault_);
   }
   std::string matrix_sentence(const char* matrix, int64_t p) const {
-    return sentence_of(value_, 64 * p + row_, place_, matrix, fault_);
+    return sentence_of(value_, kPackedColumns * p + row_, place_, matrix, fault_);
   }
 
  private:

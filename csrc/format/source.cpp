@@ -63,15 +63,17 @@ const uint8_t* float_row(const SourceMatrix& matrix, int64_t row) {
 
 }  // namespace
 
-PackedLayout source_layout(const SourceMatrix& matrix) {
+PackedLayout source_layout(const SourceMatrix& matrix, bool with_zeros) {
+  PackedLayout layout = matrix.coded;
+  if (with_zeros && matrix.format.kind == SourceKind::kGptq) layout.format = WeightFormat::kInt4Z;
   try {
-    matrix.coded.name();
+    layout.name();
   } catch (const Error& error) {
     KT_CHECK(false, matrix.format.name << " weights of this checkpoint have no layout that keeps "
                                        << "them: " << error.what()
                                        << "; choose a method that quantizes anew");
   }
-  if (matrix.coded.format == WeightFormat::kInt4Z) {
+  if (layout.format == WeightFormat::kInt4Z) {
     const SourcePart& scales = matrix.parts[matrix.format.kind == SourceKind::kGptq ? 1 : 2];
     const int64_t count = scales.dtype == DType::kFloat16 ? 0 : scales.shape[0] * scales.shape[1];
     for (int64_t i = 0; i < count; ++i) {
@@ -83,7 +85,7 @@ PackedLayout source_layout(const SourceMatrix& matrix) {
                                   << " is no number of fp16; choose a method that quantizes anew");
     }
   }
-  return matrix.coded;
+  return layout;
 }
 
 bool quantizes(const SourceMatrix& matrix, const PackedLayout& layout) {

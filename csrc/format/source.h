@@ -89,10 +89,11 @@ struct SourceMatrix {
 SourceMatrix open_source(const SourceFormat& format, std::vector<SourcePart> parts, int64_t n,
                          int64_t k);
 
-// The layout that keeps codes and scales as they are; bf16 for floats.
+// The layout that keeps codes and scales as they are; bf16 for floats. with_zeros: one with zero
+// points for gptq that needs none, for a layer of which other matrices do.
 // Errors  kt::Error: no layout has such groups, or fp16 such scales (zero points with bf16 or fp32
 //         scales).
-PackedLayout source_layout(const SourceMatrix& matrix);
+PackedLayout source_layout(const SourceMatrix& matrix, bool with_zeros = false);
 
 // Whether panels of `layout` are quantized anew from the values: rotated ones, bf16, and int8 and
 // int4 from floats. Others keep the codes.

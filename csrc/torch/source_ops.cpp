@@ -57,8 +57,9 @@ Opened open_parts(c10::string_view source, at::TensorList parts, int64_t n, int6
   return open_parts(SourceFormat::parse(std::string(source)), parts, n, k);
 }
 
-std::string layout_of_source(at::TensorList parts, c10::string_view source, int64_t n, int64_t k) {
-  return source_layout(open_parts(source, parts, n, k).matrix).name();
+std::string layout_of_source(at::TensorList parts, c10::string_view source, int64_t n, int64_t k,
+                             bool with_zeros) {
+  return source_layout(open_parts(source, parts, n, k).matrix, with_zeros).name();
 }
 
 // `matrix` as in with_matrix_rows().
@@ -143,7 +144,7 @@ void load_source(int64_t layer, at::IntArrayRef experts, c10::string_view w13_so
 }  // namespace kt
 
 TORCH_LIBRARY_FRAGMENT(kt_kernel, m) {
-  m.def("source_layout(Tensor[] parts, str source, int n, int k) -> str",
+  m.def("source_layout(Tensor[] parts, str source, int n, int k, bool with_zeros=False) -> str",
         kt::composite(&kt::layout_of_source));
   m.def("repack(Tensor[] parts, str source, str layout, int n, int k) -> Tensor",
         kt::composite(&kt::repack));

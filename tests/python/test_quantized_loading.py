@@ -136,6 +136,53 @@ def test_damage_in_any_layer_is_found_before_the_first_is_packed(tmp_path: Path,
         expert_source(str(tmp_path), method)
 
 
+def with_zeros_in(experts: list[dict[str, Matrix]], expert: int, projection: str) -> None:
+    """Give one matrix of symmetric GPTQ experts zero points."""
+    n, k = experts[expert][projection].values.shape
+    asymmetric = QUANTIZERS["gptq_asymmetric"].make(n, k, torch.Generator().manual_seed(3))
+    experts[expert][projection] = asymmetric
+
+
+def write_experts(folder: Path, name: str, experts: list[dict[str, Matrix]]) -> Path:
+    tensors = single_names(experts, prefix=f"model.layers.{LAYER}.")
+    return write_folder(folder, tensors, QUANTIZERS[name].config, num_layers=LAYER + 1, sizes=SIZES)
+
+
+@pytest.mark.parametrize("place", [(0, "gate"), (0, "up"), (E - 1, "up"), (E - 1, "down")])
+def test_zero_points_of_any_expert_decide_for_its_layer(tmp_path: Path, place: tuple[int, str]) -> None:
+    experts = quantized_layer(QUANTIZERS["gptq"].make, *SIZES)
+    with_zeros_in(experts, *place)
+    wrapper = from_folder(write_experts(tmp_path, "gptq", experts), "GPTQ_INT4")
+    kept = [weight_dtype_of(layout) for layout in wrapper.moe.layouts]
+    assert kept == (["int4h", "int4z"] if place[1] == "down" else ["int4z", "int4h"])
+    hidden, ids, weights = batch(40)
+    wanted = moe_reference(hidden, ids, weights, *values_of(experts))
+    assert relative_error(wrapper.forward(hidden, ids, weights), wanted) < BOUND
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("awq", torch.bfloat16), ("gptq", torch.float32)])
+def test_a_scale_of_any_expert_that_no_layout_holds_is_refused_before_loading(
+    tmp_path: Path, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = quantized_layer(QUANTIZERS[name].make, *SIZES)
+    for matrices in experts:
+        for matrix in matrices.values():
+            matrix.tensors["scales"] = matrix.tensors["scales"].to(dtype).bfloat16().half().to(dtype)
+    if name == "gptq":
+        with_zeros_in(experts, 0, "down")
+    experts[E - 2]["down"].tensors["scales"][1, 3] = 1e-9
+    write_experts(tmp_path, name, experts)
+    monkeypatch.setattr("kt_kernel.experts.CpuExperts.load_sources", lambda *args, **kwargs: pytest.fail("packed"))
+    sentence = (
+        rf"{E - 2}.down_proj.qweight of \S+ cannot be kept as it is: {name} weights with zero "
+        r"points keep fp16 scales, and the \w+ scale \S+ of row 3 is no number of fp16; choose a method that quantizes"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        from_folder(tmp_path, QUANTIZERS[name].method)
+    with pytest.raises(ValueError, match=sentence):
+        open_source(tmp_path, get_method(QUANTIZERS[name].method)).layouts(LAYER)
+
+
 def test_tensors_are_not_for_methods_that_keep_codes() -> None:
     with pytest.raises(ValueError, match="method AWQ keeps the codes of quantized files and makes none"):
         loaded(random_experts(*SIZES), "AWQ")

@@ -114,20 +114,20 @@ def filled(parts: list[Tensor], index: int, at: tuple[int, ...], value: float | 
 @pytest.mark.parametrize(
     ("source", "make", "index", "at", "message"),
     [
-        ("fp8_block128x128", fp8_block(128, 128, FP32), 1, (1, 1), "at row 128, group 1 of the matrix must be finite; repair the checkpoint$"),
-        ("fp8_row", fp8_row(BF16, matrix=False), 1, (70,), "at row 70, group 0 of the matrix must be finite; repair the checkpoint$"),
-        ("pack_quantized", pack_quantized(32, FP16), 1, (70, 3), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
-        ("gptq", gptq(32, FP16), 1, (3, 70), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
-        ("awq", awq(32, FP16), 2, (3, 70), "at row 70, group 3 of the matrix must be finite; repair the checkpoint$"),
-        ("nvfp4", nvfp4(1), 2, (0,), "scale of a row .* at row 0, group 0 of the matrix must be finite; repair the checkpoint$"),
-        ("kt_int8x2_columns", kt(8, 2, by_columns=True), 3, (70,), "at row 70, group 1 of the matrix must be finite; repair the checkpoint$"),
+        ("fp8_block128x128", fp8_block(128, 128, FP32), 1, (1, 1), "at row 128, group 1"),
+        ("fp8_row", fp8_row(BF16, matrix=False), 1, (70,), "at row 70, group 0"),
+        ("pack_quantized", pack_quantized(32, FP16), 1, (70, 3), "at row 70, group 3"),
+        ("gptq", gptq(32, FP16), 1, (3, 70), "at row 70, group 3"),
+        ("awq", awq(32, FP16), 2, (3, 70), "at row 70, group 3"),
+        ("nvfp4", nvfp4(1), 2, (0,), "scale of a row .* at row 0, group 0"),
+        ("kt_int8x2_columns", kt(8, 2, by_columns=True), 3, (70,), "at row 70, group 1"),
     ],
 )
 def test_scales_that_are_not_finite_are_refused(source: str, make, index: int, at, message: str, value: float) -> None:
     n, k = 160, 256
     parts = filled(make(n, k, Random(2, tame=True)), index, at, value)
     layout = OPS.source_layout(make(n, k, Random(2, tame=True)), source, n, k)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"{message} of the matrix must be finite; repair the checkpoint$"):
         OPS.repack(parts, source, layout, n, k)
     with pytest.raises(RuntimeError, match="cannot be packed: it must be finite"):
         OPS.repack(parts, source, "bf16_n64k2_v1", n, k)
@@ -136,14 +136,14 @@ def test_scales_that_are_not_finite_are_refused(source: str, make, index: int, a
 @pytest.mark.parametrize(
     ("source", "make", "index", "at", "message"),
     [
-        ("fp8_row", fp8_row(FP32, matrix=False), 0, (70, 5), "the weight at row 70, column 5 of the matrix is NaN; repair the checkpoint$"),
-        ("mxfp8", mxfp8(torch.uint8), 1, (70, 3), "scale nan at row 70, group 3 of the matrix must be finite"),
-        ("mxfp4", mxfp4(torch.uint8, torch.uint8), 1, (70, 3), "scale nan at row 70, group 3 of the matrix must be finite"),
-        ("nvfp4", nvfp4(1), 1, (70, 3), "scale -?nan at row 70, group 3 of the matrix must be finite"),
-        ("gguf:MXFP4", gguf("MXFP4"), 0, (70, 17), "scale nan at row 70, group 1 of the matrix must be finite"),
-        ("gguf:Q6_K", gguf("Q6_K"), 0, (70, slice(208, 210)), "scale of 256 weights -?nan at row 70, group 0 of the matrix must be finite"),
-        ("gguf:Q2_K", gguf("Q2_K"), 0, (70, slice(82, 84)), "minimum of 256 weights -?nan at row 70, group 0 of the matrix must be finite"),
-        ("gguf:Q5_1", gguf("Q5_1"), 0, (70, slice(2, 4)), "minimum -?nan at row 70, group 0 of the matrix must be finite"),
+        ("fp8_row", fp8_row(FP32, matrix=False), 0, (70, 5), "the weight at row 70, column 5"),
+        ("mxfp8", mxfp8(torch.uint8), 1, (70, 3), "scale nan at row 70, group 3"),
+        ("mxfp4", mxfp4(torch.uint8, torch.uint8), 1, (70, 3), "scale nan at row 70, group 3"),
+        ("nvfp4", nvfp4(1), 1, (70, 3), "scale -?nan at row 70, group 3"),
+        ("gguf:MXFP4", gguf("MXFP4"), 0, (70, 17), "scale nan at row 70, group 1"),
+        ("gguf:Q6_K", gguf("Q6_K"), 0, (70, slice(208, 210)), "scale of 256 weights -?nan at row 70, group 0"),
+        ("gguf:Q2_K", gguf("Q2_K"), 0, (70, slice(82, 84)), "minimum of 256 weights -?nan at row 70, group 0"),
+        ("gguf:Q5_1", gguf("Q5_1"), 0, (70, slice(2, 4)), "minimum -?nan at row 70, group 0"),
     ],
 )
 def test_bytes_that_stand_for_no_number_are_refused(source: str, make, index: int, at, message: str) -> None:
@@ -151,7 +151,7 @@ def test_bytes_that_stand_for_no_number_are_refused(source: str, make, index: in
     parts = make(n, k, Random(2, tame=True))
     layout = OPS.source_layout(parts, source, n, k)
     parts[index].view(torch.uint8)[at] = 255
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"{message} of the matrix (must be finite|is NaN); repair the checkpoint$"):
         OPS.repack(parts, source, layout, n, k)
     assert OPS.decode_source(parts, source, n, k)[70].isnan().any()
 
@@ -164,7 +164,7 @@ def test_minus_128_of_int8_is_decoded_but_not_kept() -> None:
         parts = make(96, 256, Random(3, tame=True))
         layout = OPS.source_layout(parts, source, 96, 256)
         parts[0].view(torch.uint8)[at] = 128
-        with pytest.raises(RuntimeError, match=r"code -128 at row \d+, column 0 of the matrix is outside -127..127 of int8\S+; choose a method that"):
+        with pytest.raises(RuntimeError, match=r"code -128 at row \d+, column 0 of the matrix is outside -127..127"):
             OPS.repack(parts, source, layout, 96, 256)
         OPS.repack(parts, source, "int8_n64k4_r512_v1", 96, 256)
 
@@ -187,8 +187,8 @@ def test_a_stored_zero_point_of_15_is_refused_in_the_first_version_of_gptq() -> 
         word = int(zeros[group, row // 8])
         zeros[group, row // 8] = torch.tensor(word | 15 << row % 8 * 4).to(torch.int32)
         sentence = (
-            rf"gptq weights \[64, 96\] store zero point 15 for row {row}, group {group}, which readers of the format take "
-            "for 0 or for 16; quantize the model again with checkpoint_format gptq_v2"
+            rf"gptq weights \[64, 96\] store zero point 15 for row {row}, group {group}, which readers of the format "
+            "take for 0 or for 16; quantize the model again with checkpoint_format gptq_v2"
         )
         for call in (OPS.source_layout, OPS.decode_source):
             with pytest.raises(RuntimeError, match=sentence):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from format_oracles import KT_ROW_BLOCK, decode
