@@ -80,8 +80,8 @@ void MoeLayer::prepare_kernels() {
   pool_.run({prepare});
 }
 
-DType MoeLayer::multiplied() const {
-  return kernels_.of(Projection::kW13).gemms.back().kernel->multiplied();
+DType MoeLayer::multiplied(Projection projection) const {
+  return kernels_.of(projection).gemms.back().kernel->multiplied();
 }
 
 void MoeLayer::select_again() {

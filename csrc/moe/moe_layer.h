@@ -85,7 +85,7 @@ class MoeLayer {
   void check_expert(int expert) const;
   void count_dropped_share();
   // What the kernel for an expert with many rows multiplies; as forward() is called.
-  DType multiplied() const;
+  DType multiplied(Projection projection) const;
   MoeCounters counters() const;
   std::string explain() const;  // the kernels in use
 

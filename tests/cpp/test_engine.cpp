@@ -263,6 +263,11 @@ TEST(Probes, MeasureSomething) {
   // An absolute speed is no property of the code; that a probe read and multiplied at all is.
   EXPECT_GT(probe_read(layer), 0);
   EXPECT_GT(probe_peak(layer, 1), 0);
+  MoeConfig mixed = small_config();
+  mixed.layouts[0] = PackedLayout::parse("fp8f_n64k4_v1");
+  mixed.layouts[1] = PackedLayout::parse("int8_n64k4_v1");
+  EngineLayer of_both(engine, mixed);
+  EXPECT_GT(probe_peak(of_both, 1), 0);
   EXPECT_GT(probe_dispatch(*engine), 0);
   MoeConfig empty = small_config();
   empty.expert_ids.clear();

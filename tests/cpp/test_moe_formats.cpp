@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -163,6 +164,18 @@ TEST_P(IntegerLayoutPair, BitsDoNotDependOnBatchOrTier) {
     EXPECT_EQ(run_coded(config, coded, one, cpu_features().chosen, {1}),
               std::vector<float>(together.begin() + t * h, together.begin() + (t + 1) * h))
         << t;
+  }
+}
+
+TEST(LayerKernels, MultiplyWhatEachOfTwoLayoutsHas) {
+  WorkerPool pool(plan_of({1}));
+  for (const auto& [layouts, w13, w2] :
+       {std::tuple{LayoutPair{"fp8fg128_n64k4_v1", "int8_n64k4_v1"}, DType::kBFloat16,
+                   DType::kInt8},
+        std::tuple{LayoutPair{"int8_n64k4_v1", "bf16_n64k2_v1"}, DType::kInt8, DType::kBFloat16}}) {
+    const MoeLayer layer(config_of_pair(layouts), pool, make_moe_scratch(), kIsaReference);
+    EXPECT_EQ(layer.multiplied(Projection::kW13), w13);
+    EXPECT_EQ(layer.multiplied(Projection::kW2), w2);
   }
 }
 
