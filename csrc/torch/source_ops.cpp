@@ -1,5 +1,6 @@
 // torch.ops.kt_kernel, the operators on matrices as checkpoints have them (format/source.h). All
-// but load_source need no layer and no pool; the caller may run them on threads of its own.
+// but load_source need no layer and no pool; the caller may run them on threads of its own. repack
+// and repack_w13 are for work on formats and for tests: layers pack with load_source.
 #include <torch/library.h>
 
 #include <vector>
