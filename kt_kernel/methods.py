@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
             "FP8",
             "fp8 (e4m3) weights with a scale a block, mostly 128 x 128, as in the files",
             sources=("fp8_block",),
-            formats=("fp8f", "fp8"),
+            formats=("fp8f",),
         ),
         Method(
             "FP8_PERCHANNEL",
@@ -134,7 +134,7 @@ METHODS: dict[str, Method] = {
             "GPTQ_INT4",
             "GPTQ int4, symmetric or with zero points, as in the files",
             sources=("gptq", "gptq_v2"),
-            formats=("int4h", "int4z"),
+            formats=("int4h", "int4z", "int4", "int4f"),
         ),
         Method("AWQ", "AWQ int4 with zero points, as in the files", sources=("awq",), formats=("int4z",)),
         Method(
@@ -154,6 +154,7 @@ METHODS: dict[str, Method] = {
             "GGUF files: the codes of each tensor's own type",
             sources=("gguf",),
             formats=(
+                "bf16",
                 "int8h",
                 "int6k",
                 "int5h",

@@ -96,12 +96,16 @@ def fits(row: KernelRow, layout: str) -> bool:
 
 
 def methods_table(kernels: list[KernelRow], methods: ModuleType) -> str:
-    """Methods by feature: *yes* where the method has kernels of its own for the feature, for all of its formats."""
+    """Methods by feature: *yes* where the method has kernels of its own for the feature, for all of its formats.
+
+    The bf16 of GGUF's floats does not count beside the codes.
+    """
     features = [name for name in FEATURES if any(row.feature == name for row in kernels)]
     rows = []
     for method in methods.METHODS.values():
         formats = (method.weight_dtype,) if method.packed else method.formats
-        own = [{row.feature for row in kernels if row.weight == f and fits(row, method.packed)} for f in formats]
+        counted = [f for f in formats if f != "bf16" or len(formats) == 1]
+        own = [{row.feature for row in kernels if row.weight == f and fits(row, method.packed)} for f in counted]
         cells = ["yes" if all(feature in have for have in own) else "-" for feature in features]
         layout = f"`{method.packed}`" if method.packed else ", ".join(formats)
         others = [f"`{alias}`" for alias, name in methods.ALIASES.items() if name == method.name]

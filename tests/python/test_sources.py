@@ -18,6 +18,7 @@ from torch import Tensor
 import kt_kernel.ops  # noqa: F401 - fake implementations
 from kt_kernel.config import EngineConfig, MoEConfig
 from kt_kernel.experts import CpuExperts, get_engine
+from kt_kernel.methods import METHODS, method_of, source_kind, weight_dtype_of
 
 OPS = torch.ops.kt_kernel
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -312,6 +313,17 @@ def test_its_own_layout_keeps_every_value(case: Case) -> None:
         merged = OPS.repack_w13(gate, up, case.source, layout, n, k)
         for found, expected in zip(OPS.dequantize_w13(merged, layout, n, k), values, strict=True):
             assert torch.equal(found, expected), (n, k)
+
+
+def test_methods_name_the_formats_that_their_sources_are_kept_in() -> None:
+    kept: dict[str, set[str]] = {}
+    for case in CASES:
+        method = method_of(source_kind(case.source))
+        if method is not None and case.group is not None:
+            n, k = case.shapes()[1]
+            layout = OPS.source_layout(case.make(n, k, Random(0)), case.source, n, k)
+            kept.setdefault(method.name, set()).add(weight_dtype_of(layout))
+    assert kept == {name: set(method.formats) for name, method in METHODS.items() if method.sources}
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
