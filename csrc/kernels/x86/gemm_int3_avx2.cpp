@@ -1,13 +1,10 @@
-// Codes of 3 and 2 bits on AVX2.
+// Codes of 3 bits on AVX2.
 #include "kernels/x86/gemm_groups_avx2.h"
 
 namespace kt {
 
 void gemm_s8_int3k_fp32_6x16x16_avx2(const GemmArgs& args) {
   multiply_groups<Codes3, ScalesBlock, 4, 16>(args);
-}
-void gemm_s8_int2km_fp32_6x16x16_avx2(const GemmArgs& args) {
-  multiply_groups<Codes2, ScalesBlockMin, 0, 16>(args);
 }
 
 void gemm_s8_int3kx_fp32_6x16x4_avx2(const GemmArgs& args) {
