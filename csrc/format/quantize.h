@@ -47,9 +47,9 @@ void quantize_panel(const PackedLayout& layout, const PanelRows& rows, uint8_t* 
 
 // Packs given codes and scales: each keeps its bits.
 //
-// Errors  PanelError naming row and k or group: a code outside the layout's (int8 -127..127; NaN of
-//         fp8), a scale that is NaN, infinite or no number of the layout's type. dst is then
-//         undefined.
+// Errors  PanelError naming row and k or group: a code outside the layout's (-127..127 of int8 with
+//         a scale a row; NaN of fp8), a scale that is NaN, infinite or no number of the layout's
+//         type. dst is then undefined.
 void pack_panel(const CodedPanel& panel, uint8_t* dst);
 
 // Inverse of it: `panel` is a panel of this layout and k.

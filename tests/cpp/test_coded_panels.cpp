@@ -47,7 +47,7 @@ CodedPanel random_panel(const PackedLayout& layout, int64_t k, std::mt19937* gen
   for (int column = 0; column < kColumns; ++column) {
     for (int64_t i = 0; i < panel.padded_k; ++i) {
       int code = random(1 << dtype_bits(info.code));
-      if (info.code == DType::kInt8) code = std::max(code, 1);
+      if (info.scales == ScaleForm::kRow) code = std::max(code, 1);
       if (info.code == DType::kFp8 && code % 128 == 127) --code;
       panel.row(column)[i] = static_cast<uint8_t>(code);
     }
@@ -161,6 +161,7 @@ TEST(CodedPanels, StandForTheValuesOfTheirFormat) {
       {"int8_n64k4_v1", 3, 1.5f * -125},
       {"int8hg32_n64k4_v1", 255, 1.5f * 127},
       {"int8fg32_n64k4_v1", 128, 0},
+      {"int8fg32_n64k4_v1", 0, 1.5f * -128},
       {"int6kg16_n64k16_v1", 1, 0.5f * -3 * -31},
       {"int5hg32_n64k8_v1", 31, 1.5f * 15},
       {"int5mg32_n64k8_v1", 31, 1.5f * 31 + 0.25f},
@@ -233,9 +234,9 @@ TEST(CodedPanels, RefuseCodesOfOtherFormats) {
       CodedPanel panel;
       panel.reset(layout, 96);
       panel.row(63)[95] = static_cast<uint8_t>(code);
-      const bool is_wrong = is_fp8                      ? code % 128 == 127
-                            : info.code == DType::kInt8 ? code == 0
-                                                        : code >= 1 << dtype_bits(info.code);
+      const bool is_wrong = is_fp8                           ? code % 128 == 127
+                            : info.scales == ScaleForm::kRow ? code == 0
+                                                             : code >= 1 << dtype_bits(info.code);
       const std::string sentence = packing_refusal(panel);
       EXPECT_EQ(sentence.find("at row 63, column 95 of the panel") != std::string::npos, is_wrong)
           << layout.name() << " code " << code << ": " << sentence;

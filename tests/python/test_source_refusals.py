@@ -156,17 +156,24 @@ def test_bytes_that_stand_for_no_number_are_refused(source: str, make, index: in
     assert OPS.decode_source(parts, source, n, k)[70].isnan().any()
 
 
-def test_minus_128_of_int8_is_decoded_but_not_kept() -> None:
+def test_minus_128_is_kept_in_groups_and_refused_beside_a_scale_a_row() -> None:
+    source = "kt_int8x1_rows"
+    parts = kt(8, 1, by_columns=False)(96, 256, Random(3, tame=True))
+    layout = OPS.source_layout(parts, source, 96, 256)
+    parts[0].view(torch.uint8)[0] = 128
+    with pytest.raises(RuntimeError, match=r"code -128 at row 0, column 0 of the matrix is outside -127..127"):
+        OPS.repack(parts, source, layout, 96, 256)
+    OPS.repack(parts, source, "int8_n64k4_r512_v1", 96, 256)
+
     for source, make, at in (
         ("gguf:Q8_0", gguf("Q8_0"), (70, 2)),
-        ("kt_int8x1_rows", kt(8, 1, by_columns=False), (0,)),
+        ("kt_int8x2_columns", kt(8, 2, by_columns=True), (0,)),
     ):
         parts = make(96, 256, Random(3, tame=True))
-        layout = OPS.source_layout(parts, source, 96, 256)
         parts[0].view(torch.uint8)[at] = 128
-        with pytest.raises(RuntimeError, match=r"code -128 at row \d+, column 0 of the matrix is outside -127..127"):
-            OPS.repack(parts, source, layout, 96, 256)
-        OPS.repack(parts, source, "int8_n64k4_r512_v1", 96, 256)
+        layout = OPS.source_layout(parts, source, 96, 256)
+        values = OPS.decode_source(parts, source, 96, 256)
+        assert torch.equal(OPS.dequantize(OPS.repack(parts, source, layout, 96, 256), layout, 96, 256), values)
 
 
 def test_zero_points_with_scales_that_fp16_has_not_are_refused_before_anything_is_packed() -> None:
