@@ -189,10 +189,12 @@ int KernelSet::packed_value_bytes() const {
 }
 
 void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict) {
-  // Right or wrong a kernel is in all its rows, slower than oneDNN's only for these weights.
+  // What was found wrong may be the kernel that rows share. What was found right or slower is this
+  // row with its own expansion, and says nothing of others.
+  const bool is_shared = verdict == TileVerdict::kWrong || verdict == TileVerdict::kUnchecked;
   for (const GemmKernel& row : gemm_table()) {
     if (row.gemm != kernel.gemm || row.packing == nullptr) continue;
-    if (verdict == TileVerdict::kSlower && row.weights != kernel.weights) continue;
+    if (!is_shared && row.expand != kernel.expand) continue;
     tile_verdicts[position_of(row)].store(verdict, std::memory_order_relaxed);
   }
   verdict_count.fetch_add(1, std::memory_order_release);

@@ -96,7 +96,9 @@ enum class TileVerdict {
   kSlower,  // than oneDNN's row, which takes its place
   kWrong,   // the rows without tiles take its place
 };
-// Kernels are to be selected anew where another number of verdicts has been given since.
+// kWrong and kUnchecked are given to every row of the same GemmFn, the others to those of the same
+// ExpandFn as well. Kernels are to be selected anew where another number of verdicts has been given
+// since.
 // Thread-safe.
 void set_tile_verdict(const GemmKernel& kernel, TileVerdict verdict);
 TileVerdict tile_verdict(const GemmKernel& kernel);

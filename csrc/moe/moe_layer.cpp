@@ -91,20 +91,22 @@ void MoeLayer::select_again() {
 }
 
 TileReport MoeLayer::check_tiles() {
-  const std::vector<const GemmKernel*> tiles = kernels_.tile_gemms();
-  const bool unchecked = std::any_of(tiles.begin(), tiles.end(), [](const GemmKernel* kernel) {
-    return tile_verdict(*kernel) == TileVerdict::kUnchecked;
-  });
-  if (!unchecked) return {};
   const std::vector<int>& here = config().expert_ids;
   const auto loaded =
       std::find_if(here.begin(), here.end(), [this](int expert) { return store_.loaded(expert); });
   if (loaded == here.end()) return {};
-  const TileReport report = kt::check_tiles(store_, pool_, *scratch_, request_of(isa_), *loaded);
-  if (report.verdict == TileVerdict::kUnchecked) return {};
-  for (const GemmKernel* kernel : tiles) set_tile_verdict(*kernel, report.verdict);
-  select_again();
-  return report;
+  TileReport all;
+  for (const GemmKernel* const tiles : kernels_.tile_gemms()) {
+    if (tile_verdict(*tiles) != TileVerdict::kUnchecked) continue;
+    const TileReport report =
+        kt::check_tiles(store_, pool_, *scratch_, request_of(isa_), *tiles, *loaded);
+    if (report.verdict == TileVerdict::kUnchecked) continue;
+    set_tile_verdict(*tiles, report.verdict);
+    all.verdict = std::max(all.verdict, report.verdict);
+    all.text.append(all.text.empty() ? "" : " ").append(report.text);
+  }
+  if (!all.text.empty()) select_again();
+  return all;
 }
 
 void MoeLayer::check_expert(int expert) const {

@@ -121,6 +121,16 @@ LayerKernels without(const MoeConfig& config, KernelRequest request, IsaSet feat
   return select_layer_kernels(config, request);
 }
 
+// `others` with the kernels of `set` where `chosen` works in `tiles`.
+LayerKernels only_at(const GemmKernel& tiles, const LayerKernels& chosen, const LayerKernels& set,
+                     const LayerKernels& others) {
+  LayerKernels kernels = others;
+  for (int i = 0; i < 2; ++i) {
+    if (chosen.sets[i].tile_gemm() == &tiles) kernels.sets[i] = set.sets[i];
+  }
+  return kernels;
+}
+
 // oneDNN's row in place of ours, or nothing where there is none or the choice is fixed.
 std::optional<LayerKernels> onednn_set(const MoeConfig& config, const KernelRequest& request,
                                        const GemmKernel& tiles) {
@@ -169,15 +179,15 @@ TileReport judge_tiles(const GemmKernel& tiles, double difference, const char* o
 }
 
 TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& scratch,
-                       const KernelRequest& request, int expert) {
+                       const KernelRequest& request, const GemmKernel& tiles, int expert) {
   const MoeConfig& config = store.config();
-  const LayerKernels set = select_layer_kernels(config, request);
-  const std::vector<const GemmKernel*> in_tiles = set.tile_gemms();
-  // of two, the one that allows for rounding
-  const GemmKernel& tiles = in_tiles.back()->rounds() ? *in_tiles.back() : *in_tiles.front();
+  const LayerKernels chosen = select_layer_kernels(config, request);
+  const LayerKernels no_amx = without(config, request, kAmx);
+  const LayerKernels set = only_at(tiles, chosen, chosen, no_amx);
   ExpertRun run(store, pool, scratch, expert);
   const std::vector<float> ours = run.output(set);
-  const std::vector<float> scalar = run.output(without(config, request, ~IsaSet{0}));
+  const std::vector<float> scalar =
+      run.output(only_at(tiles, chosen, without(config, request, ~IsaSet{0}), no_amx));
   if (!tells(scalar)) {
     TileReport nothing;
     nothing.verdict = TileVerdict::kUnchecked;
@@ -185,7 +195,7 @@ TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& s
   }
   double difference = relative_difference(ours, scalar);
   const char* other = "the scalar kernels";
-  const double apart = relative_difference(ours, run.output(without(config, request, kAmx)));
+  const double apart = relative_difference(ours, run.output(no_amx));
   if (apart > difference) {
     difference = apart;
     other = "the kernels without AMX";

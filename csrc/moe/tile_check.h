@@ -16,9 +16,11 @@ struct TileReport {
   std::string text;  // one or two sentences with the figures
 };
 
-// Runs some rows through `expert` by the kernels of `request` for its layouts, by those of the same
-// features without AMX, and by the scalar ones. The same bits are expected of integer sums; where
-// bf16 is multiplied, a difference of at most 1/32 of the result's length (tile_check.cpp).
+// Runs some rows through `expert` by `tiles`, which `request` chooses for one or both of its
+// layouts, and in its place by the kernels of the same features without AMX and by the scalar ones;
+// a layout for which it was not chosen is always multiplied without AMX, so that each kernel is
+// judged by itself. The same bits are expected of integer sums; where bf16 is multiplied, a
+// difference of at most 1/32 of the result's length (tile_check.cpp).
 //
 // Where they are right, oneDNN has a row for these weights, request.choice is kAuto and neither
 // KT_FORCE_ISA nor request.deterministic (of bf16) fixes the choice: times both on the same expert
@@ -32,7 +34,7 @@ struct TileReport {
 // Cost     the scalar kernels: a second for 1e9 weights x rows and thread, with 40 rows or more; an
 //          expert of DeepSeek-V3 takes 1 s with two threads and 30 ms with 56.
 TileReport check_tiles(const ExpertStore& store, WorkerPool& pool, MoeScratch& scratch,
-                       const KernelRequest& request, int expert);
+                       const KernelRequest& request, const GemmKernel& tiles, int expert);
 
 // What the figures of check_tiles() lead to. `times` are medians in seconds; 0: not measured.
 TileReport judge_tiles(const GemmKernel& tiles, double difference, const char* other,

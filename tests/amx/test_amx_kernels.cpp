@@ -165,13 +165,14 @@ TEST_F(Tiles, ThatAnotherLibraryReleasedAreIllegal) {
       testing::KilledBySignal(SIGILL), "");
 }
 
-MoeConfig layer_config(const char* layout) {
+MoeConfig layer_config(const char* layout, const char* w2) {
   MoeConfig config;
   config.num_experts = 3;
   config.top_k = 2;
   config.hidden_size = 192;
   config.intermediate_size = 160;
   config.set_layout(PackedLayout::parse(layout));
+  if (w2 != nullptr) config.layouts[1] = PackedLayout::parse(w2);
   config.expert_ids = {0, 1, 2};
   return config;
 }
@@ -180,8 +181,8 @@ MoeConfig layer_config(const char* layout) {
 // block.
 class LayerOnTiles {
  public:
-  LayerOnTiles(const char* layout, IsaSet isa, float spread = 0.07f)
-      : pool_(plan()), layer_(layer_config(layout), pool_, make_moe_scratch(), isa) {
+  LayerOnTiles(const char* layout, IsaSet isa, float spread = 0.07f, const char* w2 = nullptr)
+      : pool_(plan()), layer_(layer_config(layout, w2), pool_, make_moe_scratch(), isa) {
     RandomNumbers random(3);
     const MoeConfig& config = layer_.config();
     std::vector<std::vector<float>> matrices;
@@ -308,6 +309,38 @@ TEST_F(AmxLayer, FindsAWrongKernel) {
   EXPECT_NE(found.find("is WRONG on this machine"), std::string::npos) << found;
 }
 
+void multiply_a_little_wrong(const GemmArgs& args) {
+  kernel_named(kInt8Row).gemm(args);
+  for (int i = 0; i < args.m; ++i) args.c[i * args.c_stride] *= 1.0001f;
+}
+
+// Beside a kernel that may round, an exact one is still judged by its bits. In a child.
+TEST_F(AmxLayer, JudgesEachOfTwoKernelsByItsOwnBound) {
+  const auto judged = [](const char* w13, const char* w2) {
+    return in_child([=] {
+      const GemmKernel& exact = kernel_named(kInt8Row);
+      const GemmKernel& rounding = kernel_named(kBf16Row);
+      for (const GemmKernel* row : {&exact, &rounding})
+        set_tile_verdict(*row, TileVerdict::kUnchecked);
+      register_gemm({"gemm_u8_int8_fp32_32x64x4_wrong", exact.isa, exact.weights, exact.a_dtype,
+                     exact.mr, exact.m_from + 1, multiply_a_little_wrong, nullptr,
+                     GemmSource::kOneDnn, nullptr, exact.packing});
+      LayerOnTiles layer(w13, cpu_features().chosen, 0.07f, w2);
+      const std::string text = layer.layer().check_tiles().text;
+      const bool found = tile_verdict(exact) == TileVerdict::kWrong &&
+                         tile_verdict(rounding) == TileVerdict::kRight;
+      return (found ? "found: " : "not found: ") + text;
+    });
+  };
+  for (const auto& [w13, w2] : {std::pair("int8_n64k4_r512_v1", "bf16_n64k2_v1"),
+                                std::pair("bf16_n64k2_v1", "int8_n64k4_r512_v1")}) {
+    const std::string text = judged(w13, w2);
+    EXPECT_TRUE(text.starts_with("found: ")) << w13 << " " << text;
+    EXPECT_NE(text.find(std::string(kInt8Row) + " is WRONG"), std::string::npos) << text;
+    EXPECT_NE(text.find(std::string(kBf16Row) + " gave the right"), std::string::npos) << text;
+  }
+}
+
 TEST_F(AmxLayer, TakesAvx512OnceItsKernelWasFoundWrong) {
   LayerOnTiles layer("int4g128_n64k8_r512_v1", cpu_features().chosen);
   const std::vector<float> before = layer.forward();
@@ -321,19 +354,22 @@ TEST_F(AmxLayer, TakesAvx512OnceItsKernelWasFoundWrong) {
   set_tile_verdict(kernel_named(kInt4Row), TileVerdict::kUnchecked);
 }
 
-// Rows of one kernel share what was found right or wrong with it, and nothing else.
-TEST(TileVerdicts, AreThoseOfAKernel) {
+// Rows of one kernel share what was found wrong, for it may be the kernel; each has an expansion of
+// its own to be found right with.
+TEST(TileVerdicts, AreSharedWhereTheKernelMayBeWrong) {
   const GemmKernel& found = kernel_named(kFp4ToBf16Row);
-  for (const TileVerdict verdict : {TileVerdict::kWrong, TileVerdict::kRight}) {
+  const GemmKernel& sharing = kernel_named(kInt4ToBf16Row);
+  set_tile_verdict(found, TileVerdict::kUnchecked);
+  for (const TileVerdict verdict : {TileVerdict::kRight, TileVerdict::kSlower}) {
     set_tile_verdict(found, verdict);
     EXPECT_EQ(tile_verdict(found), verdict);
-    EXPECT_EQ(tile_verdict(kernel_named(kInt4ToBf16Row)), verdict);
-    EXPECT_EQ(tile_verdict(kernel_named(kInt8ToBf16Row)), TileVerdict::kUnchecked);
+    EXPECT_EQ(tile_verdict(sharing), TileVerdict::kUnchecked);
   }
-  set_tile_verdict(found, TileVerdict::kSlower);
-  EXPECT_EQ(tile_verdict(found), TileVerdict::kSlower);
-  EXPECT_EQ(tile_verdict(kernel_named(kInt4ToBf16Row)), TileVerdict::kRight);
-  set_tile_verdict(kernel_named(kInt4ToBf16Row), TileVerdict::kUnchecked);
+  set_tile_verdict(found, TileVerdict::kWrong);
+  EXPECT_EQ(tile_verdict(found), TileVerdict::kWrong);
+  EXPECT_EQ(tile_verdict(sharing), TileVerdict::kWrong);
+  EXPECT_EQ(tile_verdict(kernel_named(kInt8ToBf16Row)), TileVerdict::kUnchecked);
+  set_tile_verdict(sharing, TileVerdict::kUnchecked);
   EXPECT_EQ(tile_verdict(found), TileVerdict::kUnchecked);
 }
 
