@@ -47,14 +47,14 @@ struct ReleasedTiles {
   ~ReleasedTiles() { release_tiles(); }
 };
 
-// All codes but fp8's NaN and the -128 that int8 does not have; scales from 2^-10 to 2^-9, of eight
-// bits, which every form of them holds.
+// All codes but fp8's NaN and the -128 that int8 with a scale a row does not have; scales from 2^-10
+// to 2^-9, of eight bits, which every form of them holds.
 void fill_codes(std::mt19937& random, CodedPanel* panel) {
   const WeightFormatInfo& info = format_info(panel->layout.format);
   const uint32_t mask = (1u << dtype_bits(info.code)) - 1;
   for (uint8_t& code : panel->codes) {
     code = static_cast<uint8_t>(random() & mask);
-    if (info.code == DType::kInt8) code = std::max<uint8_t>(code, 1);
+    if (info.scales == ScaleForm::kRow) code = std::max<uint8_t>(code, 1);
     if (info.code == DType::kFp8 && (code & 0x7f) == 0x7f) --code;
   }
   const auto scale = [&] { return std::ldexp(static_cast<float>(128 + random() % 128), -17); };
@@ -66,6 +66,12 @@ void fill_codes(std::mt19937& random, CodedPanel* panel) {
   for (float& value : panel->block_scale) value = scale() / 32;
   for (float& value : panel->block_minimum) value = scale() / 4;
   for (float& value : panel->column_scale) value = 1024 * scale();
+}
+
+double rms_of(const std::vector<float>& values) {
+  double squares = 0;
+  for (const float value : values) squares += double{value} * value;
+  return std::sqrt(squares / static_cast<double>(values.size()));
 }
 
 }  // namespace
@@ -114,7 +120,10 @@ void KernelBench::fill_panels() {
     if (layout_.format == WeightFormat::kBFloat16) {
       for (uint16_t& value : bf16) value = random_bf16(random);
       pack_panel(layout_, k_, bf16.data(), nullptr, target);
-      largest_weight_ = 2;
+      for (int column = 0; column < kPanelColumns; ++column) {
+        for (int64_t j = 0; j < k_; ++j) weights[j] = bf16_to_float(bf16[column * k_ + j]);
+        largest_rms_ = std::max(largest_rms_, rms_of(weights));
+      }
       continue;
     }
     codes.reset(layout_, k_);
@@ -122,8 +131,7 @@ void KernelBench::fill_panels() {
     pack_panel(codes, target);
     for (int column = 0; column < kPanelColumns; ++column) {
       coded_values(codes, column, weights.data());
-      for (const float weight : weights)
-        largest_weight_ = std::max(largest_weight_, std::abs(weight));
+      largest_rms_ = std::max(largest_rms_, rms_of(weights));
     }
   }
   for (int64_t p = kDistinctPanels; p < num_panels_; ++p) {
@@ -250,21 +258,44 @@ bool KernelBench::matches(const std::string& name, int m) {
   return true;
 }
 
+// Of a sum of k products a w, where a has mean 0 and the roots of mean squares are A and W (of the
+// column with the largest). Errors of independent roundings add in squares:
+//
+//   values rounded to bf16   off by up to 2^-9 of themselves, 2^-9 / 3^0.5 on average: of k products
+//                            2^-9 / 3^0.5 A W k^0.5. Weights where they are expanded; activations as
+//                            well where a row of codes has many scales
+//   sums in fp32             each of k additions by up to 2^-24 of a sum of up to k products, which
+//                            is A W i^0.5 after i of them: 2^-24 / 3^0.5 A W k / 2^0.5. Twice, since
+//                            the reference rounds as well
+//
+// Eight times the whole is beyond every result of a right kernel. A lost tile of 32 k is off by
+// A W 32^0.5 in the mean: 7 times the bound or more up to k = 4096, 1.7 times at 65536, where the
+// largest of 64 columns is off by twice as much.
 double KernelBench::rounding_bound(const GemmKernel& kernel) const {
   const double k = static_cast<double>(k_);
-  // Weights rounded to bf16 by up to 2^-9 of themselves each. The roundings are independent: eight
-  // times the root of their sum of squares, and a lost tile of 32 k is off by twice as much.
-  const double rounded = 8 * std::sqrt(k) * largest_weight_ * std::ldexp(1.0, -9);
-  if (takes_bf16_rows(layout_.format)) {
-    // two sums of k products with activations of at most 2, each rounded k times by half a unit in
-    // the last place of the largest sum
-    const double sums = 2 * k * k * 2 * largest_weight_ * std::ldexp(1.0, -24);
-    return kernel.expand == nullptr ? sums : sums + 2 * rounded;
+  const bool is_bf16 = takes_bf16_rows(layout_.format);
+  double roundings = kernel.expand == nullptr ? 0 : 1;
+  if (!is_bf16 && num_blocks_ > 1) roundings += 1;
+  const double of_values = roundings * k * std::ldexp(1.0, -18);
+  const double of_sums = 2 * (k * k / 2) * std::ldexp(1.0, -48);
+  return 8 * std::sqrt((of_values + of_sums) / 3) * activation_rms(is_bf16) * largest_rms_;
+}
+
+// Of the row with the largest.
+double KernelBench::activation_rms(bool is_bf16) const {
+  double largest = 0;
+  std::vector<float> row(static_cast<size_t>(k_));
+  for (int i = 0; i < max_rows_; ++i) {
+    for (int64_t j = 0; j < k_; ++j) {
+      const int64_t at = i * a_.stride + j;
+      uint16_t bits = 0;
+      std::memcpy(&bits, a_.bf16.data() + 2 * at, sizeof bits);
+      const float scale = a_.scale[static_cast<size_t>(i * num_blocks_ + j / a_block_)];
+      row[j] = is_bf16 ? bf16_to_float(bits) : scale * static_cast<int8_t>(a_.int8.data()[at]);
+    }
+    largest = std::max(largest, rms_of(row));
   }
-  // times codes of 127 / 3^0.5 on average, which are rounded as well where a row has many scales,
-  // under the largest of them
-  const double scale = *std::max_element(a_.scale.begin(), a_.scale.end());
-  return std::sqrt(2.0) * rounded * 127 / std::sqrt(3.0) * scale;
+  return largest;
 }
 
 int64_t KernelBench::panels_of_a_stretch(const GemmKernel& kernel, int m) {

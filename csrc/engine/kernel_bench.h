@@ -69,6 +69,7 @@ class KernelBench {
   const NumaArena& packed_of(const GemmKernel& kernel);
   // Of a result of a kernel that rounds.
   double rounding_bound(const GemmKernel& kernel) const;
+  double activation_rms(bool is_bf16) const;
   int64_t panels_of_a_stretch(const GemmKernel& kernel, int m);
   int64_t next_stretch(int64_t panels);
   const uint8_t* panel(int64_t index) const { return panels_.data() + index * panel_bytes_; }
@@ -83,7 +84,7 @@ class KernelBench {
   const int num_blocks_;
   std::vector<const GemmKernel*> kernels_;
   const GemmKernel* reference_ = nullptr;
-  float largest_weight_ = 0;
+  double largest_rms_ = 0;  // of the weights of a column
   NumaArena panels_;
   NumaArena expanded_;
   Activations a_;

@@ -3,6 +3,7 @@
 // are right for all shapes is in tests/cpp/test_kernels.cpp, which runs on this tier too.
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <memory>
 #include <thread>
 
@@ -10,6 +11,7 @@
 #include "base/cpu_features.h"
 #include "cpp/child_process.h"
 #include "cpp/gemm_problem.h"
+#include "engine/kernel_bench.h"
 #include "moe/moe_layer.h"
 #include "moe/tile_check.h"
 
@@ -388,6 +390,43 @@ TEST(JudgeTiles, RefusesADifferenceAndComparesTimes) {
             "kernel, so oneDNN's is used; KT_GEMM=native fixes the other choice.");
   EXPECT_NE(judge_tiles(exact, 1, "the scalar kernels", 0, 0).text.find("is WRONG"),
             std::string::npos);
+}
+
+const GemmKernel* shortened = nullptr;
+
+void multiply_all_but_the_last_tile(const GemmArgs& args) {
+  GemmArgs fewer = args;
+  fewer.k -= 32;
+  shortened->gemm(fewer);
+}
+
+// The bench lets the roundings of bf16 pass and nothing else. In a child, for its rows stay.
+TEST_F(Tiles, AndNoneLostPassTheBench) {
+  const std::string found = in_child([] {
+    std::string wrong;
+    std::deque<std::string> names;
+    for (const char* name : {kInt8ToBf16Row, kFp4ToBf16Row, kFp8ToBf16Row, kBf16Row}) {
+      shortened = &kernel_named(name);
+      GemmKernel planted = *shortened;
+      planted.name = names.emplace_back(std::string("short_") + name).c_str();
+      planted.m_from = 0;
+      planted.gemm = multiply_all_but_the_last_tile;
+      planted.source = GemmSource::kOneDnn;
+      register_gemm(planted);
+      const int group_size = has_groups(planted.weights) ? 32 : 0;
+      for (const int k : {64, 4096}) {
+        KernelBench bench(layout_of(planted.weights, group_size), k, 16, int64_t{4} << 20);
+        for (const std::string& row : bench.kernels()) {
+          for (const int m : {1, 16}) {
+            if (bench.matches(row, m) == row.starts_with("short_"))
+              wrong += row + " at k " + std::to_string(k) + "; ";
+          }
+        }
+      }
+    }
+    return wrong;
+  });
+  EXPECT_EQ(found, "");
 }
 
 // oneDNN's row for as many rows as ours was for; made up, for the real one is in the extension.
