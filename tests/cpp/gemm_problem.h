@@ -93,7 +93,7 @@ inline void make_panel(Problem* problem, Fill fill, int n, RandomNumbers& random
   Problem& p = *problem;
   p.w_bf16.assign(int64_t{kColumns} * p.k, 0);
   if (has_groups(p.layout.format)) {
-    p.values = make_panel_values(p.layout, p.k, n, fill, random);
+    p.values = make_panel_values(p.layout, p.k, n, fill, random, ScaleRange::kWide);
     p.panel = p.values.bytes;
     for (int64_t i = 0; i < int64_t{kColumns} * p.k; ++i)
       p.w_bf16[i] = p.values.bf16_value(static_cast<int>(i % p.k), static_cast<int>(i / p.k));

@@ -146,11 +146,18 @@ class PanelWriter {
   LineVector<uint8_t> bytes_;
 };
 
+// Which scales are drawn: those of weights, or, for formats with the exponents of fp32, also
+// subnormal ones and ones so large that sums of 2^30 just stay finite.
+enum class ScaleRange { kUsual, kWide };
+
 // Zero, negative, subnormal in fp16, and of the size of real ones.
-inline float random_scale(RandomNumbers& random) {
-  const int kind = random.integer(0, 31);
-  if (kind == 0) return 0.0f;
-  return (kind == 1 ? 0x1p-18f : 0.01f) * random.normal();
+inline float random_scale(RandomNumbers& random, ScaleRange range) {
+  const int kind = random.integer(0, 63);
+  if (kind < 2) return 0.0f;
+  float size = kind < 4 ? 0x1p-18f : 0.01f;
+  if (range == ScaleRange::kWide && kind == 4) size = 0x1p-130f;
+  if (range == ScaleRange::kWide && kind == 5) size = 0x1p90f;
+  return size * random.normal();
 }
 
 inline uint8_t fill_code(Fill fill, RandomNumbers& random, const WeightFormatInfo& info, int at) {
@@ -180,8 +187,9 @@ inline uint8_t fill_code(Fill fill, RandomNumbers& random, const WeightFormatInf
 // Draws the scales of the groups of one panel and appends them to its stream.
 class ScaleMaker {
  public:
-  ScaleMaker(PanelValues& values, PanelWriter& writer, int n, RandomNumbers& random)
-      : v_(values), writer_(writer), n_(n), random_(random) {}
+  ScaleMaker(PanelValues& values, PanelWriter& writer, int n, RandomNumbers& random,
+             ScaleRange range)
+      : v_(values), writer_(writer), n_(n), random_(random), range_(range) {}
 
   // d and e of the next 256 k.
   void append_heads() {
@@ -195,11 +203,11 @@ class ScaleMaker {
     for (int j = 0; j < 64; ++j) {
       float scale = 0;
       if (form == ScaleForm::kBf16 || form == ScaleForm::kColumn) {
-        const uint16_t bits = float_to_bf16(draw(j));
+        const uint16_t bits = float_to_bf16(draw(j, range_));
         writer_.append(bits);
         scale = bf16_to_float(bits);
       } else if (form == ScaleForm::kFp32) {
-        writer_.append(scale = draw(j));
+        writer_.append(scale = draw(j, range_));
       } else if (form == ScaleForm::kBlock) {
         const auto c = static_cast<int8_t>(j < n_ ? random_.integer(-128, 127) : 0);
         writer_.append(c);
@@ -238,9 +246,9 @@ class ScaleMaker {
   }
 
  private:
-  float draw(int j) { return j < n_ ? random_scale(random_) : 0.0f; }
+  float draw(int j, ScaleRange range) { return j < n_ ? random_scale(random_, range) : 0.0f; }
   float append_fp16(float factor, int j = 0) {
-    const uint16_t bits = float_to_fp16(factor * draw(j));
+    const uint16_t bits = float_to_fp16(factor * draw(j, ScaleRange::kUsual));
     writer_.append(bits);
     return fp16_to_float(bits);
   }
@@ -249,13 +257,14 @@ class ScaleMaker {
   PanelWriter& writer_;
   int n_;  // columns from here on are padding: their scales and minima are 0
   RandomNumbers& random_;
+  ScaleRange range_;
   float d_[64] = {};
   float e_[64] = {};
 };
 
 // A panel of groups, the last 64 - n columns of scale 0.
 inline PanelValues make_panel_values(const PackedLayout& layout, int k, int n, Fill fill,
-                                     RandomNumbers& random) {
+                                     RandomNumbers& random, ScaleRange range = ScaleRange::kUsual) {
   PanelValues v;
   v.layout = layout;
   v.k = k;
@@ -270,7 +279,7 @@ inline PanelValues make_panel_values(const PackedLayout& layout, int k, int n, F
     for (uint8_t& code : v.codes) code = info.table[code];
   }
   PanelWriter writer(v);
-  ScaleMaker scales(v, writer, n, random);
+  ScaleMaker scales(v, writer, n, random, range);
   const bool has_heads = info.scales == ScaleForm::kBlock || info.scales == ScaleForm::kBlockMin;
   for (int begin = 0; begin < k; begin += v.group_size) {
     if (has_heads && begin % kSuperBlock == 0) scales.append_heads();

@@ -41,6 +41,7 @@ class GemmTest : public testing::TestWithParam<GemmKernel> {
 };
 class IntegerGemmTest : public GemmTest {};
 class Bf16GemmTest : public GemmTest {};
+class Fp8GemmTest : public GemmTest {};
 
 TEST_P(GemmTest, AgreesWithTheReferenceForAllShapes) { expect_correct_for_all_shapes(GetParam()); }
 
@@ -118,6 +119,85 @@ TEST_P(Bf16GemmTest, TakesSubnormalBf16WithinTheTolerance) {
   expect_correct(GetParam(), p);
 }
 
+// `code(column, k)` of fp8 in every group, under one scale.
+template <typename Code>
+Problem make_fp8_problem(PackedLayout layout, int m, int k, float scale, Code&& code) {
+  Problem p = make_problem(layout, m, k, kColumns, false, Fill::kRandom, 31);
+  CodedPanel panel;
+  panel.reset(layout, k);
+  for (int column = 0; column < kColumns; ++column) {
+    for (int at = 0; at < k; ++at) panel.row(column)[at] = code(column, at);
+  }
+  std::fill(panel.scale.begin(), panel.scale.end(), scale);
+  pack_panel(panel, p.panel.data());
+  return p;
+}
+
+// A one among zeros takes each weight out by itself.
+TEST_P(Fp8GemmTest, DecodesEveryCode) {
+  constexpr int k = 256;
+  constexpr float kScale = 0.125f;
+  const auto code = [](int column, int at) {
+    const int index = (at + 5 * column) % 254;  // every code in each column
+    return static_cast<uint8_t>(index < 127 ? index : index + 1);
+  };
+  for (const int group_size : {32, 0}) {
+    for (const int m : {1, 2}) {
+      Problem p = make_fp8_problem(layout_of(GetParam().weights, group_size), m, k, kScale, code);
+      for (int at = 0; at < k; at += m) {
+        std::fill(p.a_bf16.begin(), p.a_bf16.end(), uint16_t{0});
+        for (int i = 0; i < m; ++i) p.a_bf16[i * k + at + i] = float_to_bf16(1.0f);
+        const std::vector<float> c = run_gemm(GetParam(), p);
+        for (int i = 0; i < m * kColumns; ++i) {
+          const int column = i % kColumns, row = i / kColumns;
+          ASSERT_EQ(c[row * kStride + column], kScale * fp8_to_float(code(column, at + row)))
+              << "code " << int{code(column, at + row)} << " at column " << column << ", k "
+              << at + row << " of " << m << " rows";
+        }
+      }
+    }
+  }
+}
+
+// The first and the last of e8m0, with activations that bring the sums back among numbers.
+TEST_P(Fp8GemmTest, TakesTheLargestAndTheSmallestScales) {
+  const auto code = [](int column, int at) {
+    return static_cast<uint8_t>((at * 37 + column * 11) & 0xbf);  // below 2
+  };
+  for (const float scale : {0x1p127f, 0x1p-127f}) {
+    for (const int m : {1, 7}) {
+      Problem p = make_fp8_problem(layout_of(GetParam().weights, 32), m, 192, scale, code);
+      const float factor = scale > 1 ? 0x1p-30f : 0x1p30f;
+      for (uint16_t& a : p.a_bf16) a = float_to_bf16(bf16_to_float(a) * factor);
+      const std::vector<float> c = run_gemm(GetParam(), p);
+      for (int i = 0; i < m * kColumns; ++i) {
+        double exact = 0, magnitude = 0;
+        for (int k = 0; k < p.k; ++k) {
+          const double w = double{fp8_to_float(code(i % kColumns, k))} * scale;
+          const double product = w * bf16_to_float(p.a_bf16[i / kColumns * p.k + k]);
+          exact += product;
+          magnitude += std::fabs(product);
+        }
+        // as bf16 the smallest weights are subnormal, which products may take as zero
+        const bool exact_weights = scale > 1 || GetParam().expand == nullptr;
+        const int roundings = p.k + p.num_groups + 2;
+        ASSERT_NEAR(c[i / kColumns * kStride + i % kColumns], exact,
+                    exact_weights ? 1.001 * roundings * 0x1p-24 * magnitude
+                                  : bf16_gemm_tolerance(roundings, magnitude, 8 * factor))
+            << "scale " << scale << " row " << i / kColumns << " column " << i % kColumns;
+      }
+    }
+  }
+}
+
+std::vector<GemmKernel> rows_of_fp8() {
+  std::vector<GemmKernel> rows;
+  for (const GemmKernel& kernel : list_gemm_kernels()) {
+    if (format_info(kernel.weights).code == DType::kFp8) rows.push_back(kernel);
+  }
+  return rows;
+}
+
 std::vector<GemmKernel> rows_with_bf16_weights(bool is_bf16) {
   std::vector<GemmKernel> rows;
   for (const GemmKernel& kernel : list_gemm_kernels()) {
@@ -133,6 +213,7 @@ INSTANTIATE_TEST_SUITE_P(Rows, IntegerGemmTest, testing::ValuesIn(rows_with_bf16
                          row_name);
 INSTANTIATE_TEST_SUITE_P(Rows, Bf16GemmTest, testing::ValuesIn(rows_with_bf16_weights(true)),
                          row_name);
+INSTANTIATE_TEST_SUITE_P(Rows, Fp8GemmTest, testing::ValuesIn(rows_of_fp8()), row_name);
 
 struct ExpandKernel {
   const char* name;

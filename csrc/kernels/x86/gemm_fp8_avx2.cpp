@@ -2,7 +2,8 @@
 // rounded once. One accumulator an output, k ascending, whatever the number of rows.
 //
 // A byte moved into the upper half of a word and its exponent right by one is fp16, 2^-8 times the
-// value. vcvtph2ps takes subnormal fp16 as it is whatever MXCSR says; the factor is in the scale.
+// value. vcvtph2ps takes subnormal fp16 as it is whatever MXCSR says. The factor meets the sums:
+// in the scale it would make infinity of scales from 2^120 on, which MXFP8 has.
 
 #include "kernels/x86/codes_avx2.h"
 
@@ -25,7 +26,9 @@ inline void widen(const uint8_t* codes, __m256 scale, __m256 (&values)[4]) {
   values[3] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)), scale);
 }
 
-// Where the codes of a group are, and its scales times 2^8.
+constexpr float kFactor = 256;  // what the sums of widened weights lack
+
+// Where the codes of a group are, and its scales.
 template <typename Scales>
 struct Fp8Group {
   const uint8_t* codes;
@@ -38,10 +41,8 @@ struct Fp8Group {
     if (k > 0) codes += size * kPanelColumns + Scales::kBytes;
     size = k + args.group_size < args.k ? args.group_size : args.k - k;
     const GroupScales at{codes + size * kPanelColumns, nullptr};
-    for (int column = 0; column < kPanelColumns; column += 8) {
-      const __m256 scale = _mm256_mul_ps(Scales::scale(at, column), _mm256_set1_ps(256.0f));
-      _mm256_store_ps(scales + column, scale);
-    }
+    for (int column = 0; column < kPanelColumns; column += 8)
+      _mm256_store_ps(scales + column, Scales::scale(at, column));
   }
 };
 
@@ -80,7 +81,8 @@ void multiply_row(const GemmArgs& args) {
       }
     }
   }
-  for (int v = 0; v < 8; ++v) _mm256_storeu_ps(args.c + v * 8, acc[v]);
+  for (int v = 0; v < 8; ++v)
+    _mm256_storeu_ps(args.c + v * 8, _mm256_mul_ps(acc[v], _mm256_set1_ps(kFactor)));
 }
 
 // Weights of up to kChunk k within a group as [k][64].
@@ -164,6 +166,13 @@ void multiply_rows(const GemmArgs& args) {
         kRowBlocks[rows - 1](args, i, begin + at, weights, count);
         i += rows;
       }
+    }
+  }
+  for (int i = 0; i < args.m; ++i) {
+    float* const c = args.c + i * args.c_stride;
+    for (int column = 0; column < kPanelColumns; column += 8) {
+      const __m256 sum = _mm256_loadu_ps(c + column);
+      _mm256_storeu_ps(c + column, _mm256_mul_ps(sum, _mm256_set1_ps(kFactor)));
     }
   }
 }
