@@ -2,6 +2,7 @@
 // against a double-precision MoE and against themselves.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -124,10 +125,13 @@ INSTANTIATE_TEST_SUITE_P(MoeLayer, EveryLayoutPair, testing::ValuesIn(all_pairs(
 class IntegerLayoutPair : public testing::TestWithParam<LayoutPair> {};
 INSTANTIATE_TEST_SUITE_P(MoeLayer, IntegerLayoutPair, testing::ValuesIn(kIntegerPairs), pair_name);
 
+// So many that experts get 160 rows each: the kernels of expanded panels begin at up to 128.
+constexpr int kManyTokens = 400;
+
 TEST_P(EveryLayoutPair, EqualsTheFormula) {
   const MoeConfig config = config_of_pair(GetParam());
   const CodedLayer coded = coded_layer(config);
-  for (const int num_tokens : {1, 2, 24}) {
+  for (const int num_tokens : {1, 2, 24, kManyTokens}) {
     const Batch batch = random_batch(config, num_tokens, 6 + num_tokens);
     const std::vector<float> output = run_coded(config, coded, batch, cpu_features().chosen, {2});
     EXPECT_LT(relative_error(output, exact_moe(config, coded.weights, batch)),
@@ -152,18 +156,35 @@ TEST_P(EveryLayoutPair, SameBitsForEveryThreadAndNodeCount) {
 TEST_P(IntegerLayoutPair, BitsDoNotDependOnBatchOrTier) {
   const MoeConfig config = config_of_pair(GetParam());
   const CodedLayer coded = coded_layer(config);
-  const Batch all = random_batch(config, 70, 29);
-  const std::vector<float> together = run_coded(config, coded, all, cpu_features().chosen, {2});
-  EXPECT_EQ(run_coded(config, coded, all, kIsaReference, {2}), together);
   const int h = config.hidden_size;
-  for (int t = 0; t < all.num_tokens; t += 9) {
-    Batch one{1, all.top_k, {}, {}, {}};
-    one.hidden.assign(all.hidden.begin() + t * h, all.hidden.begin() + (t + 1) * h);
-    one.ids.assign(all.ids.begin() + t * 2, all.ids.begin() + (t + 1) * 2);
-    one.weights.assign(all.weights.begin() + t * 2, all.weights.begin() + (t + 1) * 2);
-    EXPECT_EQ(run_coded(config, coded, one, cpu_features().chosen, {1}),
-              std::vector<float>(together.begin() + t * h, together.begin() + (t + 1) * h))
-        << t;
+  for (const int num_tokens : {70, kManyTokens}) {
+    const Batch all = random_batch(config, num_tokens, 29);
+    const std::vector<float> together = run_coded(config, coded, all, cpu_features().chosen, {2});
+    EXPECT_EQ(run_coded(config, coded, all, kIsaReference, {2}), together) << num_tokens;
+    for (int t = 0; t < num_tokens; t += num_tokens / 7) {
+      Batch one{1, all.top_k, {}, {}, {}};
+      one.hidden.assign(all.hidden.begin() + t * h, all.hidden.begin() + (t + 1) * h);
+      one.ids.assign(all.ids.begin() + t * 2, all.ids.begin() + (t + 1) * 2);
+      one.weights.assign(all.weights.begin() + t * 2, all.weights.begin() + (t + 1) * 2);
+      EXPECT_EQ(run_coded(config, coded, one, cpu_features().chosen, {1}),
+                std::vector<float>(together.begin() + t * h, together.begin() + (t + 1) * h))
+          << t << " of " << num_tokens;
+    }
+  }
+}
+
+// What the batches above rest on.
+TEST(LayerKernels, ReachTheirLastRowsWithManyTokens) {
+  const MoeConfig config = config_of_pair(kIntegerPairs[0]);
+  const Batch batch = random_batch(config, kManyTokens, 29);
+  for (int e = 0; e < config.num_experts; ++e) {
+    const auto rows = std::count(batch.ids.begin(), batch.ids.end(), e);
+    for (const LayoutPair& layouts : all_pairs()) {
+      KernelRequest request;
+      request.isa = cpu_features().chosen;
+      const LayerKernels kernels = select_layer_kernels(config_of_pair(layouts), request);
+      for (const KernelSet& set : kernels.sets) EXPECT_LE(set.gemms.back().m_from, rows);
+    }
   }
 }
 
