@@ -150,6 +150,9 @@ void write_expert(const ExpertStore& store, WorkerPool& pool, const ExpertExport
   KT_CHECK(store.loaded(request.expert), "layer " << config.layer_idx << ": expert "
                                                   << request.expert
                                                   << " was not loaded; call load_weights first.");
+  if (request.is_native())
+    NativeForm(config, static_cast<int64_t>(request.w13.size()))
+        .check_blocks(store, request.expert);
   const auto body = [&](const Worker& worker) {
     PanelWriter writer(config, request);
     for (const Projection projection : {Projection::kW13, Projection::kW2}) {

@@ -42,6 +42,40 @@ bool NativeForm::has_blocks() const {
   return layout_.format == WeightFormat::kFp8F && layout_.group_size != 0;
 }
 
+void NativeForm::check_blocks(const ExpertStore& store, int expert) const {
+  if (!has_blocks()) return;
+  const MoeConfig& config = store.config();
+  for (const Projection projection : {Projection::kW13, Projection::kW2}) {
+    const bool is_w13 = projection == Projection::kW13;
+    const int64_t k = config.depth(projection);
+    const int64_t rows = is_w13 ? config.intermediate_size : config.hidden_size;
+    // of gate, and as many of up behind them; or of down
+    const int64_t panel_rows = is_w13 ? kPackedColumns / 2 : kPackedColumns;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = row % panel_rows; column < kPackedColumns; column += panel_rows) {
+        for (int64_t group = 0; group < layout_.num_groups(k); ++group) {
+          const auto scale_of = [&](int64_t of_row, int64_t at) {
+            const uint8_t* const panel = store.panel(projection, expert, of_row / panel_rows);
+            float scale = 0;
+            std::memcpy(&scale, panel + layout_.scale_offset(k, group) + at * sizeof scale,
+                        sizeof scale);
+            return scale;
+          };
+          const int64_t first = row - row % kBlock;
+          KT_CHECK(scale_of(row, column) == scale_of(first, column - column % panel_rows),
+                   "layer " << config.layer_idx << ": expert " << expert << " has blocks of "
+                            << "fewer than 128 rows (row " << row << " of "
+                            << (!is_w13               ? "down"
+                                : column < panel_rows ? "gate"
+                                                      : "up")
+                            << " has a scale of its own), which are written without scales only; "
+                            << "give scale addresses of 0.");
+        }
+      }
+    }
+  }
+}
+
 int64_t NativeForm::weight_bytes(int64_t n, int64_t k) const {
   return has_nibbles() ? n * k / 2 : n * k;
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "format/coded_panel.h"
-#include "moe/moe_config.h"
+#include "moe/expert_store.h"
 
 namespace kt {
 
@@ -22,6 +22,12 @@ class NativeForm {
   // Errors   kt::Error: layouts of w13 and w2 that differ or have no such form, or ranks that would
   //          cut a group, or a block of 128 rows or columns.
   NativeForm(const MoeConfig& config, int64_t ranks);
+
+  // fp8fg128 is also how blocks of fewer rows are kept, which one scale for 128 rows cannot stand
+  // for: reads all scales of such an expert, which takes some milliseconds, and writes nothing.
+  //
+  // Errors   kt::Error naming the first row whose scale is not that of its block.
+  void check_blocks(const ExpertStore& store, int expert) const;
 
   int64_t weight_bytes(int64_t n, int64_t k) const;
   int64_t scale_bytes(int64_t n, int64_t k) const;
