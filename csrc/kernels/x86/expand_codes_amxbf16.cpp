@@ -2,6 +2,7 @@
 // of int8 codes, which bf16 holds exactly.
 #include "kernels/kernel.h"
 #include "kernels/x86/codes_avx512.h"
+#include "kernels/x86/pack_bytes_amx.h"
 #include "kernels/x86/pairs_avx512bf16.h"
 
 namespace kt {
@@ -124,11 +125,6 @@ void pack_row(const uint8_t* codes, int32_t k, const float* scales, int32_t a_bl
   }
 }
 
-void pack_bytes(const uint8_t* codes, int32_t k, const float*, int32_t, uint8_t* packed) {
-  for (int32_t at = 0; at < 2 * k; at += kTileBytes, packed += kTileRows * kTileBytes)
-    _mm512_storeu_si512(packed, _mm512_loadu_si512(codes + at));
-}
-
 }  // namespace
 
 void expand_int8h_bf16_amxbf16(const uint8_t* panel, int32_t k, int32_t group_size,
@@ -204,7 +200,7 @@ void expand_iq4k_bf16_amxbf16(const uint8_t* panel, int32_t k, int32_t group_siz
   expand<CodesOf<Iq4Table>, BlockScales>(panel, k, group_size, scratch);
 }
 
-const RowPacking pack_bf16_amxbf16 = {"pack_bf16_amxbf16", 2, pack_bytes};
+const RowPacking pack_bf16_amxbf16 = {"pack_bf16_amxbf16", 2, pack_bytes<2>};
 const RowPacking pack_int8_bf16_amxbf16 = {"pack_int8_bf16_amxbf16", 2, pack_row};
 
 }  // namespace kt

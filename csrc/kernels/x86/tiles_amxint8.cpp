@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels/kernel.h"
+#include "kernels/x86/pack_bytes_amx.h"
 
 namespace kt {
 
@@ -34,14 +35,9 @@ void configure() {
 
 void release() { asm volatile("tilerelease"); }
 
-void pack_bytes(const uint8_t* codes, int32_t k, const float*, int32_t, uint8_t* packed) {
-  for (int32_t at = 0; at < k; at += kTileBytes, packed += kTileRows * kTileBytes)
-    _mm512_storeu_si512(packed, _mm512_loadu_si512(codes + at));
-}
-
 }  // namespace
 
 const TileControl tiles_amxint8 = {"tiles_amxint8", configure, release};
-const RowPacking pack_int8_amxint8 = {"pack_int8_amxint8", 1, pack_bytes};
+const RowPacking pack_int8_amxint8 = {"pack_int8_amxint8", 1, pack_bytes<1>};
 
 }  // namespace kt
