@@ -92,7 +92,7 @@ class KernelBench {
   float* c_ = nullptr;  // [max_rows, 64] fp32 in:
   NumaArena c_arena_;   // on lines of a cache as a worker's tile is: else each store meets two
   std::vector<float> expected_;  // the same
-  int64_t cursor_ = 0;               // the panel where the next stretch begins
+  int64_t cursor_ = 0;           // the panel where the next stretch begins
 };
 
 }  // namespace kt
