@@ -182,8 +182,8 @@ ENCODINGS: dict[str, Encoding] = {
 }
 
 
-# Names of all parts that some encoding reads: models have others beside them, as scales of activations.
-PART_NAMES = frozenset(name for encoding in ENCODINGS.values() for part in encoding.parts for name in part.names)
+# Names of all parts that some encoding looks at: models have others beside them, as scales of activations.
+PART_NAMES = {name for encoding in ENCODINGS.values() for part in encoding.parts for name in part.names} | {_ZERO_POINT}
 
 
 def recognize(headers: Mapping[str, Header], n: int, k: int, declared: Quantization | None) -> str | None:
