@@ -178,7 +178,8 @@ class _Reader:
         reason = ""
         bits = {self._number(w, "num_bits") for w in weights}
         if encodings == ("pack_quantized",) and 4 not in bits:
-            encodings, reason = (), f"has {'- and '.join(str(b) for b in sorted(bits, key=str))}-bit weights"
+            said = "- and ".join(map(str, sorted(bits - {None})))
+            encodings, reason = (), f"has {said}-bit weights" if said else "says no num_bits"
         # with several groups the tensors alone tell which are whose
         sizes = {self._group_size(w) for w in weights}
         blocks = {self._block(w.get("block_structure"), "block_structure") for w in weights}

@@ -67,7 +67,7 @@ SAFETENSORS_DEFECTS: dict[str, tuple[Callable[[dict], object], str]] = {
     "shape whose product wraps": (lambda t: t.update(shape=[1 << 32, 1 << 32]), "no safetensors file or is cut off"),
     "size 0": (lambda t: t.update(shape=[0, 32]), "no safetensors file or is cut off"),
     "negative shape": (lambda t: t.update(shape=[-16, -32]), "no safetensors file or is cut off"),
-    "offsets that overlap": (lambda t: t.update(data_offsets=[0, 1024]), "no safetensors file or is cut off|has shape"),
+    "offsets that overlap": (lambda t: t.update(data_offsets=[0, 1024]), "no safetensors file or is cut off"),
     "huge offsets": (lambda t: t.update(data_offsets=[HUGE, HUGE + 1024]), "no safetensors file or is cut off"),
     "offsets backwards": (lambda t: t["data_offsets"].reverse(), "no safetensors file or is cut off"),
     "nesting": (lambda t: t.update(shape="@deep@"), "no safetensors file or is cut off"),
@@ -105,7 +105,7 @@ def test_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     header = read_header(path)
     other = NAME.replace("gate", "up")
     write_header(path, json.dumps(header).replace(other, NAME).encode())
-    assert_refused(lambda: read_all(tmp_path), "no safetensors file or is cut off|lacks up of expert 0")
+    assert_refused(lambda: read_all(tmp_path), "no safetensors file or is cut off")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_odd_names_of_tensors(tmp_path: Path, name: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("form", "tensor", "change", "words"),
     [
-        ("fp8", "weight_scale_inv", None, r"lacks weight_scale_inv of gate of expert 1|quantized in a way"),
+        ("fp8", "weight_scale_inv", None, "lacks weight_scale_inv of gate of expert 1"),
         ("fp8", "weight_scale_inv", lambda t: t[:0], r"weight_scale_inv has shape \[0, 1\]"),
         ("fp8", "weight_scale_inv", lambda t: t.half(), "weight_scale_inv has type F16"),
         ("rawint4", "weight_scale", None, "lacks weight_scale of gate of expert 1"),
@@ -218,7 +218,7 @@ def test_hostile_json(tmp_path: Path, file: str, defect: str) -> None:
         path.write_bytes(JSON_DEFECTS[defect])
     else:
         path.mkdir() if defect == "a folder" else os.mkfifo(path)
-    assert_refused(lambda: read_all(folder), f"{file} is no (JSON|file)|{file} has no weight_map")
+    assert_refused(lambda: read_all(folder), f"{file} is no JSON")
 
 
 @pytest.mark.parametrize("key", ["num_experts", "hidden_size", "moe_intermediate_size", "num_hidden_layers"])
@@ -233,15 +233,35 @@ def test_hostile_sizes(tmp_path: Path, key: str, amount: object) -> None:
         assert_refused(lambda: read_all(folder), "config.json")
 
 
-@pytest.mark.parametrize("changes", [
-    {"quant_method": "a\nb"}, {"quant_method": "fp8", "weight_block_size": [0, 0]}, {"quant_method": 7},
-    {"quant_method": "fp8", "weight_block_size": [HUGE, HUGE]}, {"quant_method": "fp8", "weight_block_size": "x"},
-    {"quant_method": "gptq", "bits": 4, "group_size": HUGE}, {"quant_method": "gptq", "bits": [4]}, ["a"],
-    {"quant_method": "compressed-tensors", "config_groups": [1]},
-])  # fmt: skip
-def test_hostile_quantization(tmp_path: Path, changes: object) -> None:
-    tensors = single_names(quantized_layer(QUANTIZERS["fp8"].make, 2, 64, 64))
-    assert_refused(lambda: read_all(write_folder(tmp_path, tensors, changes, sizes=(2, 64, 64))), "")
+PAIR = "which is no pair of positive numbers"
+# The form of the tensors, what config.json says of them beside what is right, and the words of the refusal.
+QUANTIZATION_DEFECTS: tuple[tuple[str, object, str], ...] = (
+    ("fp8", {"quant_method": "a\nb"}, r"is a a\\nb checkpoint, which kt_kernel does not read"),
+    ("fp8", {"quant_method": 7}, "is a 7 checkpoint, which kt_kernel does not read"),
+    ("fp8", {"weight_block_size": [0, 0]}, rf"weight_block_size in .*config.json is \[0, 0\], {PAIR}"),
+    ("fp8", {"weight_block_size": [HUGE, HUGE]}, rf"weight_block_size in .* is \[{HUGE}, {HUGE}\], {PAIR}"),
+    ("fp8", {"weight_block_size": "x"}, f"weight_block_size in .* is 'x', {PAIR}"),
+    ("fp8", ["a"], r"quantization_config of .*config.json is \['a'\], which is no JSON object"),
+    ("gptq", {"group_size": HUGE}, f"qweight has scales for groups of {HUGE} of 64 elements; kt_kernel reads groups"),
+    ("gptq", {"bits": [4]}, r"bits in .*config.json is \[4\], which is no whole number"),
+    ("gptq", {"bits": HUGE}, f"is a gptq checkpoint that has {HUGE}-bit weights"),
+    ("awq", {"version": ["gemm"]}, r"is a awq checkpoint that has version \['gemm'\]"),
+    ("rawint4", {"config_groups": [1]}, "compressed-tensors pack-quantized checkpoint that says no num_bits"),
+    ("rawint4", {"config_groups": {"a": {"weights": {}}}}, "pack-quantized checkpoint that says no num_bits"),
+    ("rawint4", {"config_groups": {"a": {"weights": {"num_bits": [4]}}}}, r"num_bits .* is \[4\], which is no whole"),
+    ("rawint4", {"format": ["x"]}, r"is a compressed-tensors \['x'\] checkpoint, which"),
+    ("fp8_compressed_blocks", {"config_groups": {"a": {"weights": {"block_structure": [128]}}}}, rf"\[128\], {PAIR}"),
+    ("nvfp4", {"quant_algo": ["NVFP4"]}, r"is a modelopt \['NVFP4'\] checkpoint, which"),
+)
+
+
+@pytest.mark.parametrize(("form", "changes", "words"), QUANTIZATION_DEFECTS)
+def test_hostile_quantization(tmp_path: Path, form: str, changes: object, words: str) -> None:
+    tensors, right = single_names(quantized_layer(QUANTIZERS[form].make, 2, 64, 64)), QUANTIZERS[form].config
+    read_all(write_folder(tmp_path / "right", tensors, right, sizes=(2, 64, 64)))
+    wrong = {**right, **changes} if isinstance(changes, dict) else changes
+    folder = write_folder(tmp_path / "wrong", tensors, wrong, sizes=(2, 64, 64))
+    assert_refused(lambda: read_all(folder), words)
 
 
 # --- the manifest and the files of converted experts ---
