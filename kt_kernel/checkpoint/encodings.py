@@ -333,14 +333,16 @@ def _check_order(tensors: Mapping[str, torch.Tensor], numbers: Numbers) -> None:
             f"has a weight_shape of {shape.tolist()} but config.json means [{numbers.n}, {numbers.k}]; copy the "
             f"checkpoint again"
         )
-    order = next((tensors[name] for name in _ORDER if name in tensors), None)
-    if order is None:
+    name = next((name for name in _ORDER if name in tensors), None)
+    if name is None:
         return
-    in_order = torch.arange(numbers.k) // numbers.group
-    if not torch.equal(order.long(), in_order):
+    order, in_order = tensors[name].long(), torch.arange(numbers.k) // numbers.group
+    # compressed-tensors writes -1 before it has an order, and reads that as columns in order
+    is_unset = name == "weight_g_idx" and bool((order == -1).any())
+    if not (is_unset or torch.equal(order, in_order)):
         raise ValueError(
-            "has columns in the order of activations (desc_act), which kt_kernel does not read; give a checkpoint "
-            "quantized with desc_act=false"
+            "has columns in the order of activations (desc_act, actorder: group), which kt_kernel does not read; give "
+            "a checkpoint quantized with desc_act=false or actorder: weight"
         )
 
 

@@ -101,13 +101,22 @@ def _pack_nibbles(codes: Tensor, dim: int, order: tuple[int, ...] = tuple(range(
     return packed.to(torch.int32).movedim(-1, dim).contiguous()  # the top bit wraps, as it does in the files
 
 
-def pack_quantized(group: int, dtype: torch.dtype, scale_dtype: torch.dtype) -> Callable[..., Matrix]:
+def _groups_in_order(k: int) -> Tensor:
+    """The group of each column, as tools that may sort columns by activations write it."""
+    return (torch.arange(k) // GROUP).to(torch.int32)
+
+
+def pack_quantized(
+    group: int, dtype: torch.dtype, scale_dtype: torch.dtype, *, order: bool = False
+) -> Callable[..., Matrix]:
     def make(n: int, k: int, generator: torch.Generator) -> Matrix:
         codes = _codes(0, 16, (n, k), generator)
         scale = _scales((n, k // group), generator, scale_dtype)
         packed = _pack_nibbles(codes, 1)
         packed = packed.view(torch.uint8).view(n, k // 2) if dtype == torch.uint8 else packed
         tensors = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+        if order:
+            tensors["weight_g_idx"] = _groups_in_order(k)
         values = (codes - 8) * scale.float().repeat_interleave(group, 1)
         return Matrix(tensors, "pack_quantized", [packed, scale], values)
 
@@ -123,7 +132,7 @@ def gptq(source: str, *, symmetric: bool, order: bool = False) -> Callable[..., 
         parts = [_pack_nibbles(codes, 0), scale, _pack_nibbles(stored, 1)]
         tensors = dict(zip(("qweight", "scales", "qzeros"), parts, strict=True))
         if order:
-            tensors["g_idx"] = (torch.arange(k) // GROUP).to(torch.int32)
+            tensors["g_idx"] = _groups_in_order(k)
         values = (codes - zeros.repeat_interleave(GROUP, 0)) * scale.float().repeat_interleave(GROUP, 0)
         return Matrix(tensors, source, parts, values.t().contiguous())
 
@@ -212,6 +221,10 @@ QUANTIZERS: dict[str, Quantizer] = {
     ),
     "rawint4": Quantizer(
         pack_quantized(32, torch.int32, _BF16), _PACKED_32, "RAWINT4", "int4"
+    ),
+    "rawint4_sorted": Quantizer(
+        pack_quantized(32, torch.int32, _BF16, order=True),
+        _compressed("pack-quantized", **_PACKED, group_size=32, actorder="group"), "RAWINT4", "int4",
     ),
     "rawint4_bytes": Quantizer(
         pack_quantized(32, torch.uint8, _F16), _PACKED_32, "RAWINT4", "int4"

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import test_kt_folder as kt_cases
 import torch
 from checkpoints import BASES, STYLES, config_of, layer_tensors, random_experts
+from gguf_files import random_layer, sizes_of, write_gguf
 from quantized_checkpoints import (
     GROUP,
     QUANTIZERS,
@@ -316,6 +318,10 @@ def filled(part: str, value: float):
     return lambda tensors, config: tensors[NAME + part].fill_(value)
 
 
+def reversed_order(tensors: dict, config: dict) -> None:
+    tensors[NAME + "weight_g_idx"] = tensors[NAME + "weight_g_idx"].flip(0).contiguous()
+
+
 def says(**values):
     return lambda tensors, config: config.update(values)
 
@@ -367,6 +373,9 @@ INT = torch.int32
         # with values they cannot have
         ("rawint4", with_tensor("weight_shape", 2, dtype=INT), r"weight_shape of \[0, 0\] but config.json means \[96"),
         ("gptq_sorted", filled("g_idx", 0), "order of activations .desc_act.*desc_act=false"),
+        ("rawint4_sorted", filled("weight_g_idx", 0), "order of activations .*actorder: group.* actorder: weight"),
+        ("rawint4_sorted", reversed_order, "up_proj.weight_packed has columns in the order of activations"),
+        ("rawint4_sorted", with_tensor("weight_g_idx", 6, dtype=INT), r"weight_g_idx has shape \[6\], .* \[192\]"),
         ("nvfp4", filled("weight_scale_2", 0), "weight_scale_2 of 0, which is no scale"),
         ("nvfp4", filled("weight_scale_2", torch.inf), "weight_scale_2 of inf"),
         ("nvfp4_compressed", filled("weight_global_scale", torch.nan), "weight_global_scale of nan"),
@@ -408,6 +417,15 @@ def test_a_wrong_checkpoint_is_refused_in_a_sentence(tmp_path: Path, name: str, 
     with pytest.raises(ValueError, match=words) as caught:
         read()
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_an_order_of_columns_that_was_never_set_is_theirs(tmp_path: Path) -> None:
+    """compressed-tensors begins with -1, and reads an order that has it as columns in order."""
+    experts = quantized_layer(QUANTIZERS["rawint4_sorted"].make, *SIZES)
+    for matrix in (matrix for matrices in experts for matrix in matrices.values()):
+        matrix.tensors["weight_g_idx"].fill_(-1)
+    folder = write_folder(tmp_path, single_names(experts), QUANTIZERS["rawint4_sorted"].config, sizes=SIZES)
+    assert_layer(Checkpoint(folder), experts)
 
 
 def test_zero_points_beside_packed_int4_are_refused(tmp_path: Path) -> None:
@@ -494,6 +512,32 @@ def test_a_method_has_some_layouts(layout: str, methods: set[str]) -> None:
 )  # fmt: skip
 def test_a_layout_begins_with_its_format(layout: str, name: str) -> None:
     assert weight_dtype_of(layout) == name
+
+
+NOT_OF_GGUF = [method for method in METHODS if method not in (*FLOAT_METHODS, "LLAMAFILE")]
+
+
+@pytest.mark.parametrize("method", NOT_OF_GGUF)
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_methods_for_other_files_are_refused_with_that_of_gguf(tmp_path: Path, kind: str, method: str) -> None:
+    write_gguf(tmp_path / "x.gguf", {0: random_layer(kind)}, sizes_of(2, 64, 32, 1))
+    words = rf"^{tmp_path} holds GGUF weights \({kind}\), but method {method} is for other files; give --kt-method "
+    with pytest.raises(ValueError, match=words + r"LLAMAFILE, AMXINT8, AMXINT4 or BF16\.$"):
+        open_source(tmp_path, get_method(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", kt_cases.FORMS)
+def test_methods_for_other_files_are_refused_with_that_of_converted_ones(
+    tmp_path: Path, form: str, method: str
+) -> None:
+    kt_cases.write(form, tmp_path, kt_cases.SMALL)
+    if method == "AMXINT8":
+        assert source_kind(open_source(tmp_path, get_method(method)).checkpoint.source(0, 0, "up")[0]) == "kt_int8"
+        return
+    words = f"^{tmp_path} was converted for method AMXINT8, but method {method} was asked for; "
+    with pytest.raises(ValueError, match=words + r"give --kt-method AMXINT8 or another folder\.$"):
+        open_source(tmp_path, get_method(method))
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,12 @@ SIZES = E, H, INNER
 # many tokens, weights rounded to bf16.
 BOUND = 0.033
 FORMATS = {
-    "fp8": "fp8f", "fp8_bf16_scales": "fp8f", "fp8_exponents": "fp8f", "fp8_channel": "fp8f", "mxfp8": "fp8",
-    "rawint4": "int4", "rawint4_bytes": "int4h", "rawint4_g96": "int4f", "gptq": "int4h", "gptq_asymmetric": "int4z",
-    "awq": "int4z", "mxfp4": "fp4", "nvfp4": "fp4c",
+    "fp8": "fp8f", "fp8_bf16_scales": "fp8f", "fp8_exponents": "fp8f", "fp8_blocks_of_64": "fp8f",
+    "fp8_compressed_blocks": "fp8f", "fp8_modelopt_blocks": "fp8f", "fp8_channel": "fp8f", "fp8_rows": "fp8f",
+    "fp8_tensor": "fp8f", "mxfp8": "fp8", "mxfp8_modelopt": "fp8", "rawint4": "int4", "rawint4_sorted": "int4",
+    "rawint4_bytes": "int4h", "rawint4_g96": "int4f", "gptq": "int4h", "gptq_asymmetric": "int4z", "gptq_v2": "int4z",
+    "gptq_sorted": "int4h", "auto_round": "int4h", "awq": "int4z", "mxfp4": "fp4", "mxfp4_compressed": "fp4",
+    "nvfp4": "fp4c", "nvfp4_compressed": "fp4c",
 }  # fmt: skip
 
 
@@ -72,7 +75,7 @@ def test_a_layer_keeps_the_codes_of_the_files(tmp_path: Path, name: str, caplog:
     wrapper.load_weights(mapping)
     assert f"kept as they are for {QUANTIZERS[name].method}" in caplog.text
     formats = {weight_dtype_of(layout) for layout in wrapper.moe.layouts}
-    assert formats == {FORMATS.get(name, formats and next(iter(formats)))}
+    assert formats == {FORMATS[name]}
     assert formats <= set(get_method(QUANTIZERS[name].method).formats)
     values = [stack[mapping] for stack in values_of(experts)]
     for tokens in (1, 5, 40):
