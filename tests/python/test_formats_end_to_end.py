@@ -16,15 +16,21 @@ int8 a row         (what kt-kernel converted, where one scale is for the whole r
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import format_models
+import gguf_files
 import models
 import pytest
 import torch
 from format_models import FORMS, MODEL, Form, Pair, expert_stacks
 from format_oracles import decode
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from models import TinyModel
 from reference import BOUNDS, moe_reference, relative_error
+from torch import Tensor
 
 from kt_kernel import KTMoEWrapper
 from kt_kernel.checkpoint import PROJECTIONS, open_checkpoint
@@ -36,11 +42,20 @@ IDS = [form.name for form in FORMS]
 # All but what kt-kernel converted, which is of one method.
 DECODED = [form for form in FORMS if not form.name.startswith("AMX")]
 LAYER = 1
+# Where SGLang places experts: id p computes the model's expert MAPPING[p].
+MAPPING = torch.roll(torch.arange(MODEL.num_experts), 3)
+# Parts of converted files are multiples of 128 columns.
+WIDE = dataclasses.replace(MODEL, intermediate_size=512)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.write_model(tmp_path_factory.mktemp("source"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def wide_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_model(tmp_path_factory.mktemp("wide"), WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -55,30 +70,36 @@ def pairs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return Written()
 
 
-def wrapper_of(folder: Path, method: str) -> KTMoEWrapper:
+def wrapper_of(path: Path, method: str, model: TinyModel = MODEL, *, pools: int | None = 1) -> KTMoEWrapper:
+    """The layer with its experts placed by MAPPING."""
     wrapper = KTMoEWrapper(
         layer_idx=LAYER,
-        num_experts=MODEL.num_experts,
-        num_experts_per_tok=MODEL.top_k,
-        hidden_size=MODEL.hidden_size,
-        moe_intermediate_size=MODEL.intermediate_size,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.top_k,
+        hidden_size=model.hidden_size,
+        moe_intermediate_size=model.intermediate_size,
         cpuinfer_threads=2,
-        threadpool_count=1,
-        weight_path=str(folder),
+        threadpool_count=pools,
+        weight_path=str(path),
         method=method,
     )
-    wrapper.load_weights()
+    wrapper.load_weights(MAPPING)
     return wrapper
 
 
-def error_of(wrapper: KTMoEWrapper, folder: Path, tokens: int = 24) -> float:
-    """Relative error of a forward against the weights of a BF16 folder."""
-    generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randn(tokens, MODEL.hidden_size, generator=generator).bfloat16()
-    ids = torch.rand(tokens, MODEL.num_experts, generator=generator).argsort(dim=1)[:, : MODEL.top_k].contiguous()
-    shares = torch.rand(tokens, MODEL.top_k, generator=generator) + 0.1
-    found = wrapper.forward(hidden, ids, shares, None)
-    return relative_error(found, moe_reference(hidden, ids, shares, *expert_stacks(folder, LAYER)))
+def batch(wrapper: KTMoEWrapper, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, ids and weights of a forward."""
+    config, generator = wrapper.config, torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16()
+    ids = torch.rand(tokens, config.num_experts, generator=generator).argsort(dim=1)[:, : config.top_k].contiguous()
+    return hidden, ids, torch.rand(tokens, config.top_k, generator=generator) + 0.1
+
+
+def error_of(wrapper: KTMoEWrapper, experts: tuple[Tensor, ...], tokens: int = 24) -> float:
+    """Relative error of a forward against the experts of a model: gate, up and down."""
+    inputs = batch(wrapper, tokens)
+    wanted = moe_reference(*inputs, *(stack[MAPPING] for stack in experts))
+    return relative_error(wrapper.forward(*inputs, None), wanted)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
@@ -109,12 +130,12 @@ def test_a_layer_computes_what_its_twin_does(pairs: dict[str, Pair], source: Pat
     kept = tuple(weight_dtype_of(layout) for layout in wrapper.moe.layouts)
     assert kept == form.kept
     bound = BOUND_OF.get(kept[0], BLOCK_BOUND)
-    error = error_of(wrapper, pair.twin, tokens)
+    error = error_of(wrapper, expert_stacks(pair.twin, LAYER), tokens)
     print(f"{form.name}: {error:.4f} of {bound:.4f}")
     assert error < bound
     if tokens > 1 and form.name != "LLAMAFILE:BF16":
         # what the format rounded away is seen: these are its own codes
-        assert error_of(wrapper, source, tokens) > error
+        assert error_of(wrapper, expert_stacks(source, LAYER), tokens) > error
 
 
 @pytest.mark.parametrize("method", ["BF16", "AMXINT8"])
@@ -123,4 +144,59 @@ def test_a_method_for_floats_takes_every_checkpoint(pairs: dict[str, Pair], form
     pair = pairs[form.name]
     wrapper = wrapper_of(pair.folder, method)
     assert wrapper.moe.layouts == (get_method(method).layout,) * 2
-    assert error_of(wrapper, pair.twin) < BOUNDS[method]
+    assert error_of(wrapper, expert_stacks(pair.twin, LAYER)) < BOUNDS[method]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("method", ["AMXINT8", "AMXINT4"])
+def test_files_for_any_number_of_nodes_serve_any_number_of_pools(
+    wide_source: Path, tmp_path: Path, method: str, parts: int
+) -> None:
+    """Of pools there are as many as were asked for, up to the nodes of the machine; tests/cpp has several on any."""
+    pair = format_models.write_pair(wide_source, tmp_path, f"{method}:{parts}")
+    alone = wrapper_of(pair.folder, method, WIDE)
+    assert error_of(alone, expert_stacks(pair.twin, LAYER)) < BOUNDS["AMXINT8"]
+    inputs = batch(alone, 24)
+    for pools in (None, 2):
+        several = wrapper_of(pair.folder, method, WIDE, pools=pools)
+        assert torch.equal(several.forward(*inputs, None), alone.forward(*inputs, None)), f"{pools} pools"
+
+
+# Types of gate, up and down, hidden and intermediate size, weight formats of w13 and w2. Sizes that are no multiple of
+# 64 where the blocks allow it; where gate and up are of two types, no layout holds both.
+GGUF_LAYERS = (
+    *(
+        (kind, 160, 96, (kept, kept))
+        for kind, kept in (
+            ("Q4_0", "int4h"), ("Q4_1", "int4m"), ("Q5_0", "int5h"), ("Q5_1", "int5m"), ("Q8_0", "int8h"),
+            ("IQ4_NL", "iq4h"), ("MXFP4", "fp4"), ("BF16", "bf16"), ("F16", "bf16"), ("F32", "bf16"),
+        )
+    ),
+    *(
+        (kind, 512, 256, (kept, kept))
+        for kind, kept in (
+            ("Q2_K", "int2km"), ("Q3_K", "int3k"), ("Q4_K", "int4km"), ("Q5_K", "int5km"), ("Q6_K", "int6k"),
+            ("IQ4_XS", "iq4k"),
+        )
+    ),
+    (("Q2_K", "Q2_K", "IQ4_NL"), 256, 96, ("int2km", "iq4h")),
+    (("Q4_K", "Q6_K", "Q8_0"), 256, 160, ("bf16", "int8h")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize(("types", "hidden", "inter", "kept"), GGUF_LAYERS)
+def test_a_layer_of_every_type_of_gguf(
+    tmp_path: Path, types: str | tuple[str, str, str], hidden: int, inter: int, kept: tuple[str, str], tokens: int
+) -> None:
+    """Random codes; what they mean is said by the gguf package."""
+    model = dataclasses.replace(MODEL, hidden_size=hidden, intermediate_size=inter)
+    layer = gguf_files.random_layer(types, num_experts=model.num_experts, hidden=hidden, inter=inter)
+    sizes = gguf_files.sizes_of(model.num_experts, hidden, inter, LAYER + 1)
+    wrapper = wrapper_of(gguf_files.write_gguf(tmp_path / "x.gguf", {LAYER: layer}, sizes), "LLAMAFILE", model)
+    assert tuple(weight_dtype_of(layout) for layout in wrapper.moe.layouts) == kept
+    stacks = (torch.from_numpy(dequantize(rows, GGMLQuantizationType[kind])) for kind, rows in layer.values())
+    bound = max(BOUND_OF.get(name, BLOCK_BOUND) for name in kept)
+    error = error_of(wrapper, tuple(stacks), tokens)
+    print(f"{types}: {error:.4f} of {bound:.4f}")
+    assert error < bound
