@@ -47,8 +47,8 @@ struct ReleasedTiles {
   ~ReleasedTiles() { release_tiles(); }
 };
 
-// All codes but fp8's NaN and the -128 that int8 with a scale a row does not have; scales from 2^-10
-// to 2^-9, of eight bits, which every form of them holds.
+// All codes but fp8's NaN and the -128 that int8 with a scale a row does not have; scales from
+// 2^-10 to 2^-9, of eight bits, which every form of them holds.
 void fill_codes(std::mt19937& random, CodedPanel* panel) {
   const WeightFormatInfo& info = format_info(panel->layout.format);
   const uint32_t mask = (1u << dtype_bits(info.code)) - 1;
@@ -261,12 +261,12 @@ bool KernelBench::matches(const std::string& name, int m) {
 // Of a sum of k products a w, where a has mean 0 and the roots of mean squares are A and W (of the
 // column with the largest). Errors of independent roundings add in squares:
 //
-//   values rounded to bf16   off by up to 2^-9 of themselves, 2^-9 / 3^0.5 on average: of k products
-//                            2^-9 / 3^0.5 A W k^0.5. Weights where they are expanded; activations as
-//                            well where a row of codes has many scales
+//   values rounded to bf16   off by up to 2^-9 of themselves, 2^-9 / 3^0.5 on average: of k
+//                            products 2^-9 / 3^0.5 A W k^0.5. Weights where they are expanded;
+//                            activations as well where a row of codes has many scales
 //   sums in fp32             each of k additions by up to 2^-24 of a sum of up to k products, which
-//                            is A W i^0.5 after i of them: 2^-24 / 3^0.5 A W k / 2^0.5. Twice, since
-//                            the reference rounds as well
+//                            is A W i^0.5 after i of them: 2^-24 / 3^0.5 A W k / 2^0.5. Twice,
+//                            since the reference rounds as well
 //
 // Eight times the whole is beyond every result of a right kernel. A lost tile of 32 k is off by
 // A W 32^0.5 in the mean: 7 times the bound or more up to k = 4096, 1.7 times at 65536, where the

@@ -11,9 +11,9 @@
 
 namespace kt {
 
-// "<value> at row <row>, <place> of <matrix> <fault>", e.g. "scale nan at row 70, group 3 of up must
-// be finite; repair the checkpoint". Packing knows the row of the panel only; who knows the panel
-// says the sentence for its matrix.
+// "<value> at row <row>, <place> of <matrix> <fault>", e.g. "scale nan at row 70, group 3 of up
+// must be finite; repair the checkpoint". Packing knows the row of the panel only; who knows the
+// panel says the sentence for its matrix.
 class PanelError : public Error {
  public:
   PanelError(const std::string& value, int row, const std::string& place, const std::string& fault,

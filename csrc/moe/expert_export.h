@@ -35,8 +35,8 @@ struct ExpertExport {
 void check_export(const ExpertStore& store, const ExpertExport& request);
 
 // Writes all ranks on the pool; what check_export() refuses must not come here.
-// Errors   kt::Error for an expert that was not loaded, or whose scales have no place in the form of
-//          native_export.h; nothing is written then.
+// Errors   kt::Error for an expert that was not loaded, or whose scales have no place in the form
+//          of native_export.h; nothing is written then.
 // Threads  as ExpertStore's load: between forwards, by the thread that may run the pool.
 void write_expert(const ExpertStore& store, WorkerPool& pool, const ExpertExport& request);
 
