@@ -81,8 +81,15 @@ class PackedSource:
 
     @property
     def sizes(self) -> ModelSizes:
-        names = ("num_experts", "top_k", "hidden_size", "intermediate_size")
-        return ModelSizes("unknown", *(self.packed.model[name] for name in names), num_hidden_layers=None)
+        model = self.packed.model
+        return ModelSizes(
+            model_type="unknown",
+            num_experts=model["num_experts"],
+            top_k=model.get("top_k", 0),
+            hidden_size=model["hidden_size"],
+            intermediate_size=model["intermediate_size"],
+            num_hidden_layers=None,
+        )
 
     def check(self, config: MoEConfig) -> None:
         w13_bytes, w2_bytes = packed_bytes(

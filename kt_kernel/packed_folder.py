@@ -31,7 +31,7 @@ _FORM = {
     "method": str,
     "layout": str,
     "complete": bool,
-    "model": {"num_experts": int, "top_k": int, "hidden_size": int, "intermediate_size": int},
+    "model": {"num_experts": int, "hidden_size": int, "intermediate_size": int},
     "moe_layers": [int],
     "layers": {str: {str: {"bytes": int, "tensors": {str: {"bytes": int, "crc32": str}}}}},
     "copied_files": {str: str},
