@@ -9,6 +9,7 @@ but for as many as that measure lets be far apart (near ties of the router).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.server
 
 SERVED = ("FP8", "RAWINT4", "LLAMAFILE:Q4_K_M", "MXFP4", "AMXINT8:2")
 FORMS_SERVED = [form for form in FORMS if form.name in SERVED]
+BY_SGLANGS_LAUNCHER = "LLAMAFILE:Q4_K_M"  # all others by ours
 NUM_TOKENS = 24
 PROMPTS = [list(text[:40]) for text in TEXTS]
 FAR = 3  # tolerances that a single position may be apart, as in test_server.py
@@ -134,12 +136,24 @@ def test_the_measures_see_other_weights(twins: Twins) -> None:
             assert distance(twins.logprobs[form.name], source) > 2 * allowed, f"{form.name} is told from its source"
 
 
+def with_a_fitting_torchvision(folder: Path) -> dict[str, str]:
+    """The environment of a host where SGLang imports by itself, which it does not beside a CPU build of torch."""
+    folder.mkdir()
+    repair = "from kt_kernel.integrations.torchvision_repair import repair_torchvision\n\nrepair_torchvision()\n"
+    (folder / "sitecustomize.py").write_text(repair)
+    inherited = os.environ.get("PYTHONPATH")
+    return server.server_environment(PYTHONPATH=f"{folder}{os.pathsep}{inherited}" if inherited else str(folder))
+
+
 @pytest.mark.parametrize("form", FORMS_SERVED, ids=lambda form: form.name)
 def test_a_server_says_what_its_twin_says(twins: Twins, form: Form) -> None:
     pair = twins.pairs[form.name]
     flags = ["--kt-weight-path", str(pair.folder), "--kt-method", form.method, *WITHOUT_CACHE]
     log_path = twins.folder / f"{pair.folder.parent.name}.log"
-    with server.serve(pair.twin, flags, log_path=log_path) as running:
+    launcher, environment = server.LAUNCHER, None
+    if form.name == BY_SGLANGS_LAUNCHER:
+        launcher, environment = ("-m", "sglang.launch_server"), with_a_fitting_torchvision(twins.folder / "site")
+    with server.serve(pair.twin, flags, log_path=log_path, environment=environment, module=launcher) as running:
         check_activation(running.log, MODEL, form.method)
         assert f"{pair.folder} holds" in running.log
         check_same(teacher_forced(running), twins.logprobs[form.name], tolerance(form))
