@@ -15,6 +15,7 @@
 #include "base/span.h"
 #include "format/quantize.h"
 #include "format/source.h"
+#include "moe_problem.h"
 
 namespace kt {
 namespace {
@@ -194,6 +195,40 @@ TEST(Sources, W13PanelsHaveGateBeforeUp) {
           << test.source << " column " << column;
     }
   }
+}
+
+// Files cut for two and for three nodes, in layers on one, two and three.
+TEST(Sources, BecomeTheSamePanelsOnEveryNumberOfNodes) {
+  std::mt19937 generator(3);
+  const auto matrix_of = [&](const std::string& source, int64_t n, int64_t k) {
+    const auto is_it = [&](const Case& test) { return test.source == source; };
+    return make_matrix(*std::find_if(cases().begin(), cases().end(), is_it), n, k, &generator);
+  };
+  MoeConfig config = config_of("int8f_n64k4_v1", 192, 384, 3, 1);
+  config.layouts[1] = PackedLayout::parse("int4fg128_n64k8_v1");
+  std::vector<Matrix> matrices;
+  std::vector<ExpertStore::Encoded> experts;
+  for (const int expert : config.expert_ids) {
+    for (int i = 0; i < 2; ++i) matrices.push_back(matrix_of("kt_int8x2_rows", 384, 192));
+    matrices.push_back(matrix_of("kt_int4x3_columns", 192, 384));
+    const auto last = matrices.end();
+    experts.push_back({expert, last[-3].source, last[-2].source, last[-1].source});
+  }
+  const auto packed_on = [&](const std::vector<int>& threads_by_node) {
+    WorkerPool pool(plan_of(threads_by_node));
+    ExpertStore store(config, pool);
+    store.load_sources(experts);
+    std::vector<std::vector<uint8_t>> found;
+    for (const int expert : config.expert_ids) {
+      for (const Projection projection : {Projection::kW13, Projection::kW2})
+        found.emplace_back(store.num_panels(projection) * store.panel_bytes(projection));
+      store.export_packed(expert, found.end()[-2].data(), found.end()[-1].data());
+    }
+    return found;
+  };
+  const auto on_one = packed_on({1});
+  for (const auto& threads : {std::vector{2}, {1, 1}, {2, 1, 1}})
+    EXPECT_EQ(packed_on(threads), on_one) << threads.size() << " nodes";
 }
 
 TEST(Sources, PartsThatAreTooSmallAreRefused) {
