@@ -146,18 +146,19 @@ class PanelWriter {
   LineVector<uint8_t> bytes_;
 };
 
-// Which scales are drawn: those of weights, or, for formats with the exponents of fp32, also
-// subnormal ones and ones so large that sums of 2^30 just stay finite.
+// Which scales are drawn: those of weights, or, for formats with the exponents of fp32, also ones so
+// large that sums of 2^30 stay finite, and subnormal ones: a power of two, whose multiples are bf16,
+// since conversions differ in whether they round what is subnormal up to a normal number.
 enum class ScaleRange { kUsual, kWide };
 
 // Zero, negative, subnormal in fp16, and of the size of real ones.
 inline float random_scale(RandomNumbers& random, ScaleRange range) {
   const int kind = random.integer(0, 63);
   if (kind < 2) return 0.0f;
-  float size = kind < 4 ? 0x1p-18f : 0.01f;
-  if (range == ScaleRange::kWide && kind == 4) size = 0x1p-130f;
-  if (range == ScaleRange::kWide && kind == 5) size = 0x1p90f;
-  return size * random.normal();
+  const float normal = random.normal();
+  if (range == ScaleRange::kWide && kind == 4) return std::copysign(0x1p-133f, normal);
+  if (range == ScaleRange::kWide && kind == 5) return 0x1p90f * normal;
+  return (kind < 4 ? 0x1p-18f : 0.01f) * normal;
 }
 
 inline uint8_t fill_code(Fill fill, RandomNumbers& random, const WeightFormatInfo& info, int at) {
@@ -203,7 +204,8 @@ class ScaleMaker {
     for (int j = 0; j < 64; ++j) {
       float scale = 0;
       if (form == ScaleForm::kBf16 || form == ScaleForm::kColumn) {
-        const uint16_t bits = float_to_bf16(draw(j, range_));
+        const bool is_column = form == ScaleForm::kColumn;  // another factor is to come
+        const uint16_t bits = float_to_bf16(draw(j, is_column ? ScaleRange::kUsual : range_));
         writer_.append(bits);
         scale = bf16_to_float(bits);
       } else if (form == ScaleForm::kFp32) {
