@@ -123,7 +123,7 @@ def test_other_float_types(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read_manifest(tmp_path / "o")["input_type"] == name
 
 
-@pytest.mark.parametrize("name", ["k_blocks", "mixture-*"])
+@pytest.mark.parametrize("name", ["small_blocks", "mixture-*"])
 def test_gguf_is_converted_by_its_folder_by_a_file_and_by_any_split(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "gguf"
     folder.mkdir()
