@@ -146,9 +146,9 @@ class PanelWriter {
   LineVector<uint8_t> bytes_;
 };
 
-// Which scales are drawn: those of weights, or, for formats with the exponents of fp32, also ones so
-// large that sums of 2^30 stay finite, and subnormal ones: a power of two, whose multiples are bf16,
-// since conversions differ in whether they round what is subnormal up to a normal number.
+// Which scales are drawn: those of weights, or, for formats with the exponents of fp32, also ones
+// so large that sums of 2^30 stay finite, and subnormal ones: a power of two, whose multiples are
+// bf16, since conversions differ in whether they round what is subnormal up to a normal number.
 enum class ScaleRange { kUsual, kWide };
 
 // Zero, negative, subnormal in fp16, and of the size of real ones.
