@@ -264,6 +264,17 @@ def numbers_of(encoding: str, headers: Mapping[str, Header], n: int, k: int, dec
     return Numbers(n, k, group_size(encoding, headers, k, declared), block or (128, 128))
 
 
+def gptq_version(encoding: str, qzeros: torch.Tensor | None, declared: Quantization | None) -> str:
+    """``"gptq_v2"`` for symmetric weights that are called gptq but store their zero points as 8, else the encoding.
+
+    The first version stores a zero point less 1, so these would be 9, which no symmetric weights have. Files of both
+    kinds are on the hub; kernels for symmetric weights (Marlin's) never look at the zero points.
+    """
+    if encoding != "gptq" or qzeros is None or not (declared and declared.symmetric):
+        return encoding
+    return "gptq_v2" if bool((qzeros.view(torch.uint8) == 0x88).all()) else encoding
+
+
 def source_of(encoding: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
     """The source string: ``"fp8_block128x128"``, ``"gptq"``, ``"bf16"``."""
     if encoding == FLOAT:

@@ -53,6 +53,8 @@ class Quantization:
         Elements of k under one scale; -1: all.
     block : pair of int, optional
         Rows and columns under one scale of fp8 weights.
+    symmetric : bool
+        The config says that no 4-bit code has a zero point of its own.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Quantization:
     reason: str = ""
     group_size: int | None = None
     block: tuple[int, int] | None = None
+    symmetric: bool = False
 
 
 def read_quantization(folder: Path) -> Quantization | None:
@@ -195,7 +198,8 @@ class _Reader:
         bits = self._number(self._content, "bits", "w_bit")
         if bits not in (None, 4):
             return Quantization(name, (), f"has {bits}-bit weights")
-        return Quantization(name, (encoding,), group_size=self._group_size(self._content))
+        symmetric = self._content.get("sym") is True
+        return Quantization(name, (encoding,), group_size=self._group_size(self._content), symmetric=symmetric)
 
     def _gptq(self) -> Quantization:
         form = sayable(self._content.get("checkpoint_format") or "gptq").lower()

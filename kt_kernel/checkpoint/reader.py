@@ -377,7 +377,8 @@ class Checkpoint:
             parts = encodings.source_parts(kind.encoding, tensors, numbers)
         except ValueError as error:
             raise ValueError(f"{self.tensor_name(layer, expert, projection)} {error}.") from None
-        return encodings.source_of(kind.encoding, parts[0].dtype, numbers.block), parts
+        encoding = encodings.gptq_version(kind.encoding, tensors.get("qzeros"), self.quantization)
+        return encodings.source_of(encoding, parts[0].dtype, numbers.block), parts
 
     def biases(self, layer: int, expert: int) -> list[torch.Tensor] | None:
         """Biases of gate, up and down of one expert, a vector each; None where there are none."""

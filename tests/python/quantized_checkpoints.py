@@ -237,6 +237,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "gptq_v2": Quantizer(
         gptq("gptq_v2", symmetric=False), {**_GPTQ, "checkpoint_format": "gptq_v2"}, "GPTQ_INT4", "gptq"
     ),
+    "gptq_zeros_of_v2": Quantizer(gptq("gptq_v2", symmetric=True), _GPTQ, "GPTQ_INT4", "gptq"),
     "gptq_sorted": Quantizer(
         gptq("gptq", symmetric=True, order=True), {**_GPTQ, "desc_act": True}, "GPTQ_INT4", "gptq"
     ),

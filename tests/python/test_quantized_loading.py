@@ -32,8 +32,8 @@ FORMATS = {
     "fp8_compressed_blocks": "fp8f", "fp8_modelopt_blocks": "fp8f", "fp8_channel": "fp8f", "fp8_rows": "fp8f",
     "fp8_tensor": "fp8f", "mxfp8": "fp8", "mxfp8_modelopt": "fp8", "rawint4": "int4", "rawint4_sorted": "int4",
     "rawint4_bytes": "int4h", "rawint4_g96": "int4f", "gptq": "int4h", "gptq_asymmetric": "int4z", "gptq_v2": "int4z",
-    "gptq_sorted": "int4h", "auto_round": "int4h", "awq": "int4z", "mxfp4": "fp4", "mxfp4_compressed": "fp4",
-    "nvfp4": "fp4c", "nvfp4_compressed": "fp4c",
+    "gptq_sorted": "int4h", "gptq_zeros_of_v2": "int4h", "auto_round": "int4h", "awq": "int4z",
+    "mxfp4": "fp4", "mxfp4_compressed": "fp4", "nvfp4": "fp4c", "nvfp4_compressed": "fp4c",
 }  # fmt: skip
 
 
