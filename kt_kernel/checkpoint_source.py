@@ -104,6 +104,10 @@ class CheckpointSource:
     def sizes(self) -> ModelSizes:
         return self.checkpoint.sizes
 
+    @property
+    def layers(self) -> list[int]:
+        return self.checkpoint.layers
+
     def check(self, config: MoEConfig) -> None:
         sizes = self.checkpoint.sizes
         for key in ("hidden_size", "intermediate_size"):

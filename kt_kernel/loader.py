@@ -38,6 +38,10 @@ class ExpertSource(Protocol):
     def sizes(self) -> ModelSizes:
         """Sizes of the model's experts; ``top_k`` is 0 where the files do not say it."""
 
+    @property
+    def layers(self) -> list[int]:
+        """Layers with experts."""
+
     def check(self, config: MoEConfig) -> None:
         """Refuse, with one sentence, a model that this source does not fit."""
 
@@ -90,6 +94,10 @@ class PackedSource:
             intermediate_size=model["intermediate_size"],
             num_hidden_layers=None,
         )
+
+    @property
+    def layers(self) -> list[int]:
+        return self.packed.layers
 
     def check(self, config: MoEConfig) -> None:
         w13_bytes, w2_bytes = packed_bytes(

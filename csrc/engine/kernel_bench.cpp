@@ -269,7 +269,7 @@ bool KernelBench::matches(const std::string& name, int m) {
 //                            since the reference rounds as well
 //
 // Eight times the whole is beyond every result of a right kernel. A lost tile of 32 k is off by
-// A W 32^0.5 in the mean: 7 times the bound or more up to k = 4096, 1.7 times at 65536, where the
+// A W 32^0.5 in the mean: over 6 times the bound up to k = 4096, 1.7 times at 65536, where the
 // largest of 64 columns is off by twice as much.
 double KernelBench::rounding_bound(const GemmKernel& kernel) const {
   const double k = static_cast<double>(k_);

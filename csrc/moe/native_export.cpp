@@ -1,5 +1,6 @@
 #include "moe/native_export.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -48,28 +49,28 @@ void NativeForm::check_blocks(const ExpertStore& store, int expert) const {
   for (const Projection projection : {Projection::kW13, Projection::kW2}) {
     const bool is_w13 = projection == Projection::kW13;
     const int64_t k = config.depth(projection);
+    const int64_t groups = layout_.num_groups(k);
     const int64_t rows = is_w13 ? config.intermediate_size : config.hidden_size;
     // of gate, and as many of up behind them; or of down
     const int64_t panel_rows = is_w13 ? kPackedColumns / 2 : kPackedColumns;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = row % panel_rows; column < kPackedColumns; column += panel_rows) {
-        for (int64_t group = 0; group < layout_.num_groups(k); ++group) {
-          const auto scale_of = [&](int64_t of_row, int64_t at) {
-            const uint8_t* const panel = store.panel(projection, expert, of_row / panel_rows);
-            float scale = 0;
-            std::memcpy(&scale, panel + layout_.scale_offset(k, group) + at * sizeof scale,
-                        sizeof scale);
-            return scale;
-          };
-          const int64_t first = row - row % kBlock;
-          KT_CHECK(scale_of(row, column) == scale_of(first, column - column % panel_rows),
-                   "layer " << config.layer_idx << ": expert " << expert << " has blocks of "
-                            << "fewer than 128 rows (row " << row << " of "
-                            << (!is_w13               ? "down"
-                                : column < panel_rows ? "gate"
-                                                      : "up")
-                            << " has a scale of its own), which are written without scales only; "
-                            << "give scale addresses of 0.");
+    const int64_t block_panels = kBlock / panel_rows;
+    for (int64_t p = 0; p < ceil_div(rows, panel_rows); ++p) {
+      const uint8_t* const panel = store.panel(projection, expert, p);
+      const uint8_t* const first = store.panel(projection, expert, p - p % block_panels);
+      const int64_t count = std::min(panel_rows, rows - p * panel_rows);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t at = layout_.scale_offset(k, group);
+        for (int64_t column = 0; column < kPackedColumns; column += panel_rows) {
+          const auto* const scales = reinterpret_cast<const float*>(panel + at) + column;
+          const float of_block = reinterpret_cast<const float*>(first + at)[column];
+          const float* const other =
+              std::find_if(scales, scales + count, [&](float s) { return s != of_block; });
+          const char* const matrix = !is_w13 ? "down" : column == 0 ? "gate" : "up";
+          KT_CHECK(other == scales + count,
+                   "layer " << config.layer_idx << ": expert " << expert << " has blocks of fewer "
+                            << "than 128 rows (row " << p * panel_rows + (other - scales) << " of "
+                            << matrix << " has a scale of its own), which are written without "
+                            << "scales only; give scale addresses of 0.");
         }
       }
     }

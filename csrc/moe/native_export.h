@@ -24,7 +24,7 @@ class NativeForm {
   NativeForm(const MoeConfig& config, int64_t ranks);
 
   // fp8fg128 is also how blocks of fewer rows are kept, which one scale for 128 rows cannot stand
-  // for: reads all scales of such an expert, which takes some milliseconds, and writes nothing.
+  // for: reads all scales of such an expert, which takes less than its write, and writes nothing.
   //
   // Errors   kt::Error naming the first row whose scale is not that of its block.
   void check_blocks(const ExpertStore& store, int expert) const;

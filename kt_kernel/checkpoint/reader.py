@@ -210,8 +210,19 @@ class Checkpoint:
                         f"{self.folder} lacks {part.names[0]} beside {_weights_name(parts)}; "
                         f"{ENCODINGS[stored[projection].encoding].title} need it, so download the checkpoint again."
                     )
+            if stored[projection].encoding == "gptq":
+                self._check_zero_points(parts["qzeros"])
 
     # --- headers ---
+
+    def _check_zero_points(self, place: _Place) -> None:
+        """Refuse a stored 15: here, because some methods come to the values of a layer only when they pack it."""
+        pairs = self._files[place.file].get_tensor(place.name).view(torch.uint8)
+        if bool(((pairs & 0x0F == 0x0F) | (pairs >= 0xF0)).any()):
+            raise ValueError(
+                f"tensor {place.name} of {self.folder} stores zero point 15, which readers of GPTQ's first version "
+                f"take for 0 or for 16; quantize the model again with checkpoint_format gptq_v2."
+            )
 
     def _slice(self, place: _Place):
         try:

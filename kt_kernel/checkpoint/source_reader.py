@@ -103,7 +103,11 @@ def matrix_weights(reader: SourceReader, layer: int, expert: int, projection: st
     source, parts = reader.source(layer, expert, projection)
     if is_float(source):
         return parts[0]
-    return torch.ops.kt_kernel.decode_source(parts, source, *matrix_shape(reader.sizes, projection))
+    try:
+        return torch.ops.kt_kernel.decode_source(parts, source, *matrix_shape(reader.sizes, projection))
+    except RuntimeError as error:
+        name = reader.tensor_name(layer, expert, projection)
+        raise ValueError(f"{name} of {reader.folder} cannot be decoded: {error}") from error
 
 
 def expert_weights(reader: SourceReader, layer: int, expert: int) -> ExpertWeights:

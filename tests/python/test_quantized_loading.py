@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,28 @@ def test_damage_in_any_layer_is_found_before_the_first_is_packed(tmp_path: Path,
     write_folder(tmp_path, tensors, quantizer.config, num_layers=3, sizes=SIZES)
     with pytest.raises(ValueError, match=rf"--kt-weight-path: tensor {name} has shape \[{H - 1}, {INNER}\]"):
         expert_source(str(tmp_path), method)
+
+
+@pytest.mark.parametrize("method", ["GPTQ_INT4", *FLOAT_METHODS])
+def test_a_stored_zero_point_of_15_is_refused_before_anything_is_packed(
+    tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantizer = QUANTIZERS["gptq_asymmetric"]
+    experts = quantized_layer(quantizer.make, *SIZES)
+    tensors = {}
+    for layer in range(2):
+        tensors |= single_names(experts, prefix=f"model.layers.{layer}.")
+    name = f"model.layers.1.mlp.experts.{E - 1}.down_proj.qzeros"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 1] |= 0xF0
+    write_folder(tmp_path / "source", tensors, quantizer.config, num_layers=2, sizes=SIZES)
+    sentence = rf"tensor {name} of \S+ stores zero point 15, .* checkpoint_format gptq_v2\.$"
+    with pytest.raises(ValueError, match=sentence):
+        expert_source(str(tmp_path / "source"), method)
+    arguments = ["-i", str(tmp_path / "source"), "--input-type", "gptq", "-o", str(tmp_path / "o")]
+    assert main([*arguments, "--quant-method", "int8"]) == 1
+    assert re.search(sentence, caplog.records[-1].getMessage())
+    assert not list((tmp_path / "o").glob("*.safetensors"))
 
 
 def with_zeros_in(experts: list[dict[str, Matrix]], expert: int, projection: str) -> None:

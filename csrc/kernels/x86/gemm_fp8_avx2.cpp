@@ -1,5 +1,6 @@
 // fp8 x bf16 on AVX2: weights become fp32, exactly, and are multiplied by their group's scale,
-// rounded once. One accumulator an output, k ascending, whatever the number of rows.
+// rounded once (where scales are below 2^-132, codes times scale may be no number of fp32, and are
+// rounded to it). One accumulator an output, k ascending, whatever the number of rows.
 //
 // A byte moved into the upper half of a word and its exponent right by one is fp16, 2^-8 times the
 // value. vcvtph2ps takes subnormal fp16 as it is whatever MXCSR says. The factor meets the sums:

@@ -25,7 +25,7 @@ from kt_kernel.environment import wrong_values
 from kt_kernel.experts import Layouts, packed_bytes, scratch_bytes
 from kt_kernel.integrations.sglang import cuda_flags, flags, memory
 from kt_kernel.integrations.sglang.device_methods import RUNNER_BACKENDS
-from kt_kernel.loader import PackedSource, open_source
+from kt_kernel.loader import open_source
 from kt_kernel.methods import METHODS, get_method
 
 logger = logging.getLogger(__name__)
@@ -249,26 +249,17 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
         source = open_source(weight_path, method)
     except ValueError as error:
         raise ValueError(f"--kt-weight-path: {error}") from None
-    if isinstance(source, PackedSource):
-        model = source.packed.model
-        layers = source.packed.layers
-        num_experts, hidden_size, intermediate_size = (
-            model[name] for name in ("num_experts", "hidden_size", "intermediate_size")
-        )
-    else:
-        sizes = source.checkpoint.sizes
-        layers = source.checkpoint.layers
-        num_experts, hidden_size, intermediate_size = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
+    sizes = source.sizes
     # refuses widths that the kernels cannot compute, before SGLang reads a weight
     MoEConfig(
         layer_idx=0,
-        num_experts=num_experts,
+        num_experts=sizes.num_experts,
         top_k=1,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
     )
     try:
-        layouts = tuple(source.layouts(layer) for layer in layers)
+        layouts = tuple(source.layouts(layer) for layer in source.layers)
     except ValueError as error:
         raise ValueError(f"--kt-weight-path: {error}") from None
     try:
@@ -276,7 +267,7 @@ def expert_source(weight_path: str, method_name: str) -> ExpertSource:
             _ext.explain_kernels(layout)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    return ExpertSource(source.folder, layouts, num_experts, hidden_size, intermediate_size)
+    return ExpertSource(source.folder, layouts, sizes.num_experts, sizes.hidden_size, sizes.intermediate_size)
 
 
 def _check_same_model(model_path: str, source: ExpertSource) -> None:
