@@ -164,12 +164,20 @@ def resolve_folder(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{path} is a file; give a GGUF file, or the folder of a checkpoint or of converted experts.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(f"{path} does not exist; give the folder of a checkpoint or of converted experts.")
+    # a model id looks like a path of two parts: where the first is a folder here, or the name is a file's, it is a path
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and folder.suffix != ".gguf" and not folder.parent.is_dir()
+    if not is_id:
+        raise ValueError(
+            f"{path} does not exist; give the folder of a checkpoint or of converted experts, a GGUF file, or a "
+            f"Hugging Face model id."
+        )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.txt"]))
     except Exception as error:  # the hub raises dozens of types, all of which mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is no folder, and as a Hugging Face model id it failed: {reason}") from error
+        raise ValueError(
+            f"{path} is no folder, and as a Hugging Face model id it failed ({reason}); correct the path, or download "
+            f"the model and give its folder."
+        ) from error

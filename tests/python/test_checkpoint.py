@@ -321,8 +321,22 @@ def test_a_hub_id_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyP
         raise OSError("first line\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match="as a Hugging Face model id it failed: first line$"):
+    with pytest.raises(ValueError, match=r"model id it failed \(first line\); correct the path, or .*\.$"):
         resolve_folder("someone/some-model")
+
+
+def test_a_path_of_two_parts_is_no_hub_id_where_its_folder_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "gone").symlink_to(tmp_path / "nowhere")
+    for path in ("models/Qwen33", "models/gone", "someone/model.gguf"):
+        with pytest.raises(ValueError, match=f"^{path} does not exist; give the folder of .*, a GGUF file, or"):
+            resolve_folder(path)
 
 
 # --- how it reads ---

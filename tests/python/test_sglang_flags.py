@@ -19,6 +19,7 @@ import server
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_placement import NO_TORCH_FILES
 
 from kt_kernel import _ext
@@ -260,6 +261,31 @@ def test_kernels_that_the_method_cannot_have_are_refused_before_weights_are_read
 
     monkeypatch.setattr(_ext, "explain_kernels", explain)
     with pytest.raises(ValueError, match="asks for what is not here"):
+        checks.check_flags(served(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "has_gpu", "refused"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "avx2 avx512", False, True),
+        ("model.layers.0.self_attn.q_proj.weight", "avx2 avx512 amxint8 amxbf16", False, False),
+        ("model.layers.0.self_attn.q_proj.weight", "avx2 avx512", True, False),
+        ("model.layers.0.mlp.experts.0.up_proj.weight", "avx2 avx512", False, False),
+    ],
+)
+def test_dense_fp8_is_refused_where_sglang_cannot_compute_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str, features: str, has_gpu: bool, refused: bool
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.zeros(16, 16, dtype=torch.float8_e4m3fn)}, model / "model-00009.safetensors")
+    monkeypatch.setattr(_ext, "cpu_features", lambda: {"found": features})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    if not refused:
+        checks.check_flags(served(model))
+        return
+    with pytest.raises(ValueError, match=rf"^--model-path \S+: {name} is fp8, .* give a bf16 copy of the model there"):
         checks.check_flags(served(model))
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from kt_kernel import _ext
 from kt_kernel.checkpoint import ModelSizes, model_sizes, read_config
+from kt_kernel.checkpoint.names import parse_name
 from kt_kernel.config import MoEConfig, default_num_threads, host_all_experts, usable_cpus
 from kt_kernel.environment import wrong_values
 from kt_kernel.experts import Layouts, packed_bytes, scratch_bytes
@@ -215,6 +217,8 @@ def check_flags(args: Any) -> ExpertSource:
         raise ValueError(f"--mem-fraction-static is {share:g}; give a share above 0, of at most 1.")
     check_split(args)  # here already, because SGLang fails on some of these with an assertion
     _check_same_model(args.model_path, source)
+    if not (torch.cuda.is_available() or "amxbf16" in _ext.cpu_features()["found"]):
+        _check_dense_weights(args.model_path)
     sizes = served_sizes(args)
     flags.check_location(args, sizes and sizes.num_hidden_layers, source.num_experts)
     return source
@@ -287,6 +291,31 @@ def _check_same_model(model_path: str, source: ExpertSource) -> None:
             raise ValueError(
                 f"--kt-weight-path {source.folder} has {name} {getattr(source, name)} but the model being served has "
                 f"{getattr(served, name)}; give the experts of the served model."
+            )
+
+
+def _check_dense_weights(model_path: str) -> None:
+    """Refuse a model whose layers beside the experts are fp8, where SGLang has no kernel for them.
+
+    It would find out after all experts were loaded, in Triton: "0 active drivers". Model ids of a hub are not looked
+    at.
+    """
+    folder = Path(model_path).expanduser()
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    said = config.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != "fp8":
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                others = [name for name in list(tensors.keys()) if parse_name(name) is None]
+                found = next((name for name in others if tensors.get_slice(name).get_dtype() == "F8_E4M3"), None)
+        except SafetensorError as error:
+            raise ValueError(f"--model-path: {file} cannot be read ({error}); download it again.") from error
+        if found is not None:
+            raise ValueError(
+                f"--model-path {model_path}: {found} is fp8, which SGLang computes on a GPU or on a CPU with AMX only; "
+                f"give a bf16 copy of the model there, and these experts as --kt-weight-path."
             )
 
 
