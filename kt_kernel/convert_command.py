@@ -78,7 +78,8 @@ def _check(args: argparse.Namespace) -> None:
             )
             if value is None
         ]
-        raise ValueError(f"{' and '.join(missing)} must be given; see --help.")
+        hint = "; --input-type auto takes whatever the files hold" if args.input_type is None else "; see --help"
+        raise ValueError(f"{' and '.join(missing)} must be given{hint}.")
     _check_output(args.output)
     if args.quant_method in _REFUSED_QUANT:
         raise ValueError(

@@ -347,7 +347,7 @@ def write_format(source: Path, folder: Path, form: str, *, twin: Path | None = N
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a BF16 checkpoint")
     parser.add_argument("folder", type=Path, help="folder to make")
     parser.add_argument("--format", required=True, help="see above")
