@@ -70,7 +70,7 @@ def packed_bytes(layouts: Layouts, *, hidden_size: int, intermediate_size: int) 
 _PASS_TOKENS, _PASS_ROWS = 4096, 32768
 # csrc/moe/forward_pass.cpp: columns of a panel, rows of a tile, the activation values up to which every worker
 # quantizes all of them for itself, and the output sums that it keeps at a time.
-_PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES, _SUMS_BYTES = 64, 48, 16384, 256 << 10
+_PANEL_COLUMNS, _TILE_ROWS, _REDUNDANT_VALUES, _SUMS_BYTES = 64, 48, 16384, 1 << 20
 # csrc/kernels/kernel.h: rows of an AMX tile.
 _AMX_ROWS = 16
 _HUGE_PAGE = 2 << 20

@@ -16,10 +16,12 @@ constexpr int kRowBlock = 48;
 // read.
 constexpr int64_t kMemoryBoundRows = 4;
 
-// Sums that a worker keeps while it walks through the experts: those of as many w2 panels as fit a
-// quarter of an L2 of 1 MB. More panels at a time make longer streams of an expert's weights, and
-// read its activations less often.
-constexpr int64_t kSumsBytes = 256 << 10;
+// Sums that a worker keeps while it walks through the experts: those of as many w2 panels as fit
+// this. Each walk reads the rows of all experts anew, from the L3 where they are many, and more
+// panels a walk make longer streams of an expert's weights. Four panels of 1,024 tokens and not one
+// are 5 % faster on AVX2 in a Qwen3-30B layer of int8 or int4, 2 % on AVX-512 with int8, 1 % with
+// bf16; eight are no faster, and with 4,096 tokens four panels gain 2 % on AVX2, nothing elsewhere.
+constexpr int64_t kSumsBytes = 1 << 20;
 
 constexpr int64_t kLine = 64;
 
