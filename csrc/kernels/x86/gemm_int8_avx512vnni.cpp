@@ -15,13 +15,9 @@ struct Tile {
     const int64_t steps = args.k / 4;
     const uint8_t* tail = args.panel + kStepBytes * steps;
     const uint8_t* a[kRows];
-    Int32x16 acc[kRows][4];
+    Int32x16 acc[kRows][4] = {};
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      a[i] = row_pointer(args, block.row + i);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) acc[i][j] = as_int32(_mm512_load_si512(tail + 64 * j));
-    }
+    for (int i = 0; i < kRows; ++i) a[i] = row_pointer(args, block.row + i);
     if constexpr (kRows == 1) {
       // Four accumulators alone would wait for each other, so the odd k-steps have their own;
       // integer sums are exact.
@@ -35,6 +31,14 @@ struct Tile {
       for (int j = 0; j < 4; ++j) acc[0][j] += odd[0][j];
     } else {
       add_dot_steps(acc, a, args, block, steps, dot);
+    }
+    // Added at the end: the tail of a panel is far from its start, and sums that began with it would
+    // wait for memory once a panel.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Int32x16 compensation = as_int32(_mm512_load_si512(tail + 64 * j));
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) acc[i][j] += compensation;
     }
     store_int8_tile(args, block.row, acc, tail + 256);
   }
