@@ -39,11 +39,11 @@ constexpr int kMaxIntegerK = 65536;
 //                  sum_k bf16(qa * a_scale[row, b]) * bf16(w * scale) with a_block < k
 //           Integer sums are exact, so integers give the same bits on every tier, for every m, but
 //           where they are expanded to bf16.
-// Shapes    a [rows, k] row-major: int8 codes, the same + 128 as uint8, or bf16 (the kernel's
-//           a_dtype), or what RowPacking made of rows 0 .. m - 1 if the kernel has one; a_scale
-//           [rows, blocks]; a_group_sum [rows, groups], sum of the int8 codes of each weight group
-//           (groups of integers only); panel as PackedLayout describes, or what ExpandFn wrote if
-//           the kernel has one; c [m, 64], overwritten.
+// Shapes    a [rows, k] row-major: int8 codes of -127 to 127, the same + 128 as uint8, or bf16 (the
+//           kernel's a_dtype), or what RowPacking made of rows 0 .. m - 1 if the kernel has one;
+//           a_scale [rows, blocks]; a_group_sum [rows, groups], sum of the int8 codes of each
+//           weight group (groups of integers only); panel as PackedLayout describes, or what
+//           ExpandFn wrote if the kernel has one; c [m, 64], overwritten.
 // Units     a_stride_bytes in bytes, not read where rows are packed; c_stride, a_scale_stride and
 //           a_group_sum_stride in elements.
 // Tiles     a kernel with packed rows works in AMX tiles: those of the calling thread are

@@ -25,8 +25,8 @@ from kt_kernel.experts import CpuExperts, get_engine, packed_bytes
 
 # --- loops of an object ---
 
-# The instructions that multiply, and the products of a 64-byte one. A kernel multiplies with the first of them that it
-# has: what comes later in the list adds pairs or folds groups there.
+# The instructions that multiply, and the products of a 64-byte one. A function multiplies with the first of them that
+# it has: what comes later in the list adds pairs or folds groups there.
 MULTIPLIERS = {
     r"tdpb(us|su)d": 16 * 16 * 64,  # of a tile
     r"tdpbf16ps": 16 * 16 * 32,
@@ -41,7 +41,7 @@ REGISTER_BYTES = {"x": 16, "y": 32, "z": 64, "t": 64}
 # Instructions for 1,000 products that the hot loops of a source may take, by function. Counted with g++ 12.2, and a
 # tenth more: a spilled tile of 6 rows takes twice as many. `<1` is decode, the largest number the full tile.
 BOUNDS: dict[str, dict[str, float]] = {
-    "gemm_int8_avx2.cpp": {r"<1": 323, r"<[2-5]": 250, r"<6": 230},
+    "gemm_int8_avx2.cpp": {r"multiply_row": 211, r"<[2-5]": 250, r"<6": 230},
     "gemm_fp4_avx2.cpp": {
         r"<CodesFp4\b.* 16>, 1>": 240,
         r"<CodesFp4\b.* 16>, 6>": 293,
@@ -151,7 +151,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gemm_expanded_avx512vnni.cpp": {r"<\w+, 1,": 95, r"<\w+, [2-5],": 61, r"<\w+, 6,": 38},
     "gemm_fp8_avx512vbmi.cpp": {r"<\w+, 1,": 202, r"<\w+, [23],": 121, r"<\w+, [45],": 80, r"<\w+, 6,": 68},
     "gemm_int8_amxint8.cpp": {r"multiply_panel": 1.4},
-    "gemm_int4_amxint8.cpp": {r"multiply_part": 0.9},
+    "gemm_int4_amxint8.cpp": {r"multiply_part": 0.9, r"fold_group": 894},
     "gemm_bf16_amxbf16.cpp": {r"float, 1, ": 2.8, r"float, 2, ": 1.8, r"float, 4, ": 1.2},
     "gemm_bf16_avx512bf16.cpp": {r"<1": 155, r"<[2-5]": 103, r"<6": 62},
 }
@@ -282,10 +282,10 @@ def loop_ranges(body: list[Instruction]) -> list[tuple[int, int]]:
     )
 
 
-def multiplier_of(functions: dict[str, list[Instruction]]) -> tuple[str, int] | None:
-    """What the kernels of an object multiply with: a pattern and the products of 64 bytes; None if with nothing."""
+def multiplier_of(body: list[Instruction]) -> tuple[str, int] | None:
+    """What a function multiplies with: a pattern and the products of 64 bytes; None if with nothing."""
     for pattern, products in MULTIPLIERS.items():
-        if any(re.fullmatch(pattern, at.name) for body in functions.values() for at in body):
+        if any(re.fullmatch(pattern, at.name) for at in body):
             return pattern, products
     return None
 
@@ -299,12 +299,11 @@ def is_spill(at: Instruction, has_frame: bool) -> bool:
 
 def hot_loops(path: Path) -> list[Loop]:
     """The innermost loops of an object that multiply."""
-    functions = functions_of(path)
-    multiplier = multiplier_of(functions)
-    if multiplier is None:
-        return []
     loops = []
-    for name, body in functions.items():
+    for name, body in functions_of(path).items():
+        multiplier = multiplier_of(body)
+        if multiplier is None:
+            continue
         has_frame = any(at.name == "mov" and at.operands == "%rsp,%rbp" for at in body)
         for begin, end in loop_ranges(body):
             inside = [at for at in body if begin <= at.address <= end]
