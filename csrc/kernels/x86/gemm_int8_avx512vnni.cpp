@@ -32,8 +32,8 @@ struct Tile {
     } else {
       add_dot_steps(acc, a, args, block, steps, dot);
     }
-    // Added at the end: the tail of a panel is far from its start, and sums that began with it would
-    // wait for memory once a panel.
+    // Added at the end: the tail of a panel is far from its start, and sums that began with it
+    // would wait for memory once a panel.
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const Int32x16 compensation = as_int32(_mm512_load_si512(tail + 64 * j));
