@@ -71,6 +71,11 @@ void multiply_panel(c10::string_view name, const at::Tensor& a,
   KT_CHECK(a.stride(1) == 1 && layout.padded_k(k) == k && k <= kMaxIntegerK,
            "a has shape " << a.sizes() << "; it must be [rows, k], with columns side by side and k "
                           << "padded as its layout has it, at most " << kMaxIntegerK << ".");
+  if (kernel.a_dtype != DType::kBFloat16 && a.numel() > 0) {
+    const int zero = kernel.a_dtype == DType::kUint8 ? 128 : 0;
+    KT_CHECK(a.min().item<int>() - zero >= -127,
+             "a has a code of -128; kernels take codes of -127 to 127.");
+  }
   check_shape(c, {m, kPanelColumns}, "c");
   KT_CHECK(c.stride(1) == 1, "c must have its columns side by side.");
   check_shape(panel, {layout.panel_bytes(k)}, "panel");

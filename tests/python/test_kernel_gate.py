@@ -39,7 +39,8 @@ MULTIPLIERS = {
 REGISTER_BYTES = {"x": 16, "y": 32, "z": 64, "t": 64}
 
 # Instructions for 1,000 products that the hot loops of a source may take, by function. Counted with g++ 12.2, and a
-# tenth more: a spilled tile of 6 rows takes twice as many. `<1` is decode, the largest number the full tile.
+# tenth more: a spilled tile of 6 rows takes twice as many. `<1` and `multiply_row` are decode, the largest
+# number the full tile.
 BOUNDS: dict[str, dict[str, float]] = {
     "gemm_int8_avx2.cpp": {r"multiply_row": 211, r"<[2-5]": 250, r"<6": 230},
     "gemm_fp4_avx2.cpp": {

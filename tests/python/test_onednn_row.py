@@ -180,6 +180,7 @@ def test_what_multiply_panel_refuses() -> None:
     for at, wrong, words in [
         (0, problem.a.float(), "a is Float"),
         (0, problem.a[:, :32], "padded"),
+        (0, torch.full_like(problem.a, -128), "a has a code of -128"),
         (1, problem.row_idx + 8, "row_idx names rows outside 0 to 7"),
         (1, None, None),
         (2, None, "needs a_scale"),

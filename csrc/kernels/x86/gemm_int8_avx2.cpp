@@ -1,4 +1,4 @@
-// int8 x int8 by 16-bit products.
+// int8 x int8 by 16-bit products, and one row by those of abs and sign.
 //
 // vpmaddubsw would saturate on u8 x s8, and its cure (abs and sign for every product) costs more
 // than a second multiply for several rows: measured on Zen 4, abs/sign reaches 133 Gop/s, this 177,
@@ -94,8 +94,9 @@ void tile(const ActivationPairs& pairs, const uint8_t* panel, int steps, int col
 
 // One row waits for memory, and the fewer instructions a k-step takes, the further ahead the core
 // looks: 49 with abs and sign for each product, and no pairs to make, are 4 % faster in a layer
-// than 75 on pairs of words. |w| up to 128 as an unsigned byte times a up to 127: two such products
-// stay below 2^15.
+// than 75 on pairs of words. |w| up to 128 as an unsigned byte times a of at most 127: two such
+// products stay below 2^15. (a of -128 would keep its sign where w is negative.) A function of its
+// own, which test_kernel_gate.py counts apart.
 [[gnu::noinline]] void multiply_row(const GemmArgs& args) {
   const __m256i ones = _mm256_set1_epi16(1);
   const uint8_t* const a = activation_row(args, 0);
@@ -128,8 +129,9 @@ void row_block(const ActivationPairs& pairs, const uint8_t* panel, int steps, bo
 
 using RowBlockFn = void (*)(const ActivationPairs&, const uint8_t*, int, bool, int32_t*, int64_t,
                             Prefetch);
-constexpr RowBlockFn kRowBlocks[kMaxRows] = {nullptr,      row_block<2>, row_block<3>,
-                                             row_block<4>, row_block<5>, row_block<6>};
+// From two rows on: block_rows() leaves a single one only where m is 1.
+constexpr RowBlockFn kRowBlocks[] = {row_block<2>, row_block<3>, row_block<4>, row_block<5>,
+                                     row_block<6>};
 
 }  // namespace
 
@@ -150,7 +152,7 @@ void gemm_s8_int8_fp32_6x16x4_avx2(const GemmArgs& args) {
       const int rows = block_rows(args.m, i, kMaxRows);
       prepare(args, i, rows, k_begin, k_count, &pairs);
       prefetch_rows(args, i + rows, kMaxRows, k_begin, k_count);
-      kRowBlocks[rows - 1](pairs, chunk, k_count / 4, k_begin == 0, sums + i * args.c_stride,
+      kRowBlocks[rows - 2](pairs, chunk, k_count / 4, k_begin == 0, sums + i * args.c_stride,
                            args.c_stride, {after, i == 0 ? kStepBytes : 0});
       i += rows;
     }
